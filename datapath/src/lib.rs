@@ -4,7 +4,7 @@
 //!
 //! | floor | modules | what lives there |
 //! |---|---|---|
-//! | 0 | [`units`], [`limits`], [`request`], [`checksum`] | the words of the domain |
+//! | 0 | [`units`], [`limits`], [`request`], [`checksum`], [`memory`] | the words of the domain |
 //! | 1 | [`wire`] | byte layouts of the protocols, as pure encoders and decoders |
 //! | 2 | [`session`], [`store`] | state machines; they do not know each other |
 //! | 3 | [`engine`] | joins the machines into a shard, one event at a time |
@@ -17,6 +17,7 @@
 pub mod checksum;
 pub mod engine;
 pub mod limits;
+pub mod memory;
 pub mod reactor;
 pub mod request;
 pub mod session;

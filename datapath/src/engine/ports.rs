@@ -20,6 +20,7 @@
 //! - After [`Effect::Close`] the driver ends what is under way on the connection (each in its own event, as
 //!   failed) and then says [`Event::Closed`]; the id is free for reuse only then.
 
+pub use crate::memory::Memory;
 use crate::units::{MemoryRange, Moment};
 
 /// A shard's name for one of its device operations. Drivers carry it and do not look inside.
@@ -196,25 +197,4 @@ pub trait Engine {
     fn send_pieces(&self, connection: ConnectionId) -> &[MemoryRange];
     /// After [`Event::Drain`]: is everything finished and safe on the devices?
     fn is_drained(&self) -> bool;
-}
-
-/// A shard's memory. The reactor's is pinned and registered with the ring, the simulator's is a vector.
-pub trait Memory {
-    /// Bytes in all. Addresses are below 4 GiB.
-    fn len_bytes(&self) -> u32;
-    /// The bytes of a range.
-    ///
-    /// # Panics
-    /// If it leaves the memory.
-    fn bytes(&self, range: MemoryRange) -> &[u8];
-    /// The bytes of a range, to change them.
-    ///
-    /// # Panics
-    /// If it leaves the memory.
-    fn bytes_mut(&mut self, range: MemoryRange) -> &mut [u8];
-    /// Copies `from` to `to`, which are of equal length and do not overlap.
-    ///
-    /// # Panics
-    /// If they leave the memory, overlap or differ in length.
-    fn copy(&mut self, from: MemoryRange, to: MemoryRange);
 }
