@@ -260,6 +260,13 @@ impl<'a> Descriptor<'a> {
         Entries { block: self.block, at: HEADER_BYTES, left: self.entries, payload_index: 0 }
     }
 
+    /// Bytes of the block that header and entries fill.
+    #[must_use]
+    pub fn used_bytes(&self) -> usize {
+        let entries = self.entries().map(|view| ENTRY_BYTES + 4 * view.payload_blocks() as usize);
+        HEADER_BYTES + entries.sum::<usize>()
+    }
+
     fn adds_up(&self) -> bool {
         let mut at = HEADER_BYTES;
         let mut payload = 0_u64;
@@ -280,6 +287,13 @@ impl<'a> Descriptor<'a> {
         }
         payload == u64::from(self.payload_blocks) && self.payload_blocks <= BATCH_PAYLOAD_BLOCKS_MAX
     }
+}
+
+/// The entries of a descriptor that this process made and still holds: its checksum is not computed again.
+#[must_use]
+pub fn own_entries(block: &[u8]) -> Entries<'_> {
+    assert!(&block[..4] == MAGIC, "a finished descriptor");
+    Entries { block, at: HEADER_BYTES, left: u16_at(block, 14), payload_index: 0 }
 }
 
 /// Walks the entries of a [`Descriptor`].
