@@ -26,7 +26,7 @@ impl Xorshift {
         (0..len).map(|_| self.number().to_le_bytes()[3]).collect()
     }
 
-    pub(crate) fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
-        &choices[self.below(choices.len())]
+    pub(crate) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len())]
     }
 }

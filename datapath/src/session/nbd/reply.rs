@@ -23,7 +23,7 @@ pub struct Replies {
 }
 
 impl Replies {
-    pub(super) fn new(style: HeaderStyle) -> Replies {
+    pub(super) const fn new(style: HeaderStyle) -> Replies {
         Replies { style }
     }
 

@@ -127,10 +127,10 @@ fn what_was_encoded_is_decoded() {
     let mut random = Xorshift::new(1);
     for _ in 0..2000 {
         let texts: Vec<String> = (0..random.below(6))
-            .map(|_| (0..random.below(40)).map(|_| *random.pick(&['a', ':', 'ß', '\u{10348}'])).collect())
+            .map(|_| (0..random.below(40)).map(|_| random.pick(&['a', ':', 'ß', '\u{10348}'])).collect())
             .collect();
         let queries: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let name: String = (0..random.below(80)).map(|_| *random.pick(&['v', 'ü', '/'])).collect();
+        let name: String = (0..random.below(80)).map(|_| random.pick(&['v', 'ü', '/'])).collect();
         let mut out = Vec::new();
         encode_meta_context_query(&mut out, option::LIST_META_CONTEXT, &name, &queries);
         let header = OptionHeader::decode(out.first_chunk().unwrap()).unwrap();

@@ -195,7 +195,7 @@ fn arbitrary_bytes_never_panic() {
                 *byte %= 3;
             }
         }
-        if let Ok(Chunk::Status { extents, .. }) = Chunk::decode(*random.pick(&kinds), &bytes) {
+        if let Ok(Chunk::Status { extents, .. }) = Chunk::decode(random.pick(&kinds), &bytes) {
             assert_eq!(extents.iter().count(), extents.count());
         }
         let magics = [SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, EXTENDED_REPLY_MAGIC, 0];
