@@ -21,6 +21,7 @@ mod inflight;
 mod listen;
 pub mod mailbox;
 mod memory;
+pub mod pool_file;
 mod ring;
 
 use std::collections::VecDeque;
