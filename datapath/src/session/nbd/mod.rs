@@ -23,6 +23,7 @@ mod carry;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod handshake;
+mod judge;
 mod meta_context;
 mod rejection;
 mod reply;

@@ -54,8 +54,6 @@ rejections! {
     RequestMagic = "request_magic",
     /// A payload of absurd length. Ends the connection.
     PayloadLength = "payload_length",
-    /// An extended WRITE that does not say whether its payload follows. Ends the connection.
-    PayloadUnannounced = "payload_unannounced",
     /// An unknown command.
     Command = "command",
     /// An unknown flag, or one that does not belong to the command or was not negotiated.

@@ -241,8 +241,7 @@ fn random_request(random: &mut Xorshift, style: HeaderStyle, client: Client) -> 
         length_bytes: random.pick(&lengths),
     };
     let client = client.request(style, header);
-    let payload = flags & command_flag::PAYLOAD_LEN != 0
-        || (command == command::WRITE && style != HeaderStyle::Extended);
+    let payload = flags & command_flag::PAYLOAD_LEN != 0 || command == command::WRITE;
     match usize::try_from(header.length_bytes) {
         Ok(length) if payload && length <= 4096 => client.bytes(&random.bytes(length)),
         _ => client,
