@@ -38,6 +38,7 @@ use std::collections::VecDeque;
 use stream::{Stream, StreamKind};
 use sync::Syncer;
 
+pub use change::Release;
 pub use read::HoleMap;
 
 /// When is a change answered?
