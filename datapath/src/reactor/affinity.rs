@@ -91,10 +91,11 @@ impl CpuList {
             return Err(AffinityError::NotAllowed { cpu: *cpu, allowed: self.clone() });
         }
         let cpus = &wished.unwrap_or(self).0;
-        let threads = threads.unwrap_or(match wished {
-            Some(wished) => wished.0.len(),
-            None => THREADS_DEFAULT.min(cpus.len()),
-        });
+        let threads = match (threads, wished) {
+            (Some(threads), _) => threads,
+            (None, Some(wished)) => wished.0.len(),
+            (None, None) => THREADS_DEFAULT.min(cpus.len()),
+        };
         Ok(cpus.iter().copied().cycle().take(threads).collect())
     }
 }

@@ -26,7 +26,7 @@ pub(super) const BUFFER_GROUP: u16 = 0;
 pub(super) struct ReceiveBuffers {
     /// Lent to the engine. Returning one that is not lent would hand it to two owners.
     lent: Vec<bool>,
-    lent_count: u32,
+    lent_count: usize,
     supply: Supply,
 }
 
@@ -60,11 +60,19 @@ impl ReceiveBuffers {
         matches!(self.supply, Supply::Kernel(_))
     }
 
-    /// Chooses a buffer, where the kernel does not.
-    pub(super) fn choose(&mut self) -> Option<ReceiveBuffer> {
+    /// Is there one? Where the kernel chooses, one that it has taken without having said so counts as free.
+    pub(super) fn any_free(&self) -> bool {
+        match &self.supply {
+            Supply::Kernel(_) => self.lent_count < self.lent.len(),
+            Supply::Reactor { free } => !free.is_empty(),
+        }
+    }
+
+    /// Chooses a free buffer, where the kernel does not.
+    pub(super) fn choose(&mut self) -> ReceiveBuffer {
         match &mut self.supply {
             Supply::Kernel(_) => panic!("the kernel chooses"),
-            Supply::Reactor { free } => free.pop().map(ReceiveBuffer),
+            Supply::Reactor { free } => ReceiveBuffer(free.pop().expect("a free buffer: ask any_free first")),
         }
     }
 
@@ -74,11 +82,6 @@ impl ReceiveBuffers {
         assert!(!*lent, "{buffer:?} has two owners");
         *lent = true;
         self.lent_count += 1;
-    }
-
-    /// Does the engine hold any?
-    pub(super) fn any_lent(&self) -> bool {
-        self.lent_count > 0
     }
 
     /// The engine gives a buffer back.

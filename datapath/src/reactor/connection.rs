@@ -173,41 +173,64 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     }
 
     pub(super) fn start_receive(&mut self, id: ConnectionId) {
-        let kernel_chooses = self.buffers.kernel_chooses();
-        let poll_first = self.ring.features().has(Feature::PollFirst);
-        let len = self.mapping.layout().receive_buffer_bytes;
         let connection = self.connection(id);
         assert!(!connection.closing, "a receive on {id:?}, which is being closed");
         assert!(
-            matches!(connection.receive, Direction::Idle | Direction::Waiting),
+            connection.receive == Direction::Idle,
             "a receive on {id:?} while it is {:?}",
             connection.receive
         );
-        let (target, poll_first) = (connection.target, poll_first && connection.drained);
-        let (operation, entry) = if kernel_chooses {
-            let entry = opcode::Recv::new(target.fd(), std::ptr::null_mut(), len)
-                .buf_group(BUFFER_GROUP)
-                .ioprio(if poll_first { POLL_FIRST } else { 0 })
-                .build();
-            (
-                Operation::Receive { connection: id },
-                entry.flags(target.flags() | squeue::Flags::BUFFER_SELECT),
-            )
+        if self.buffers.kernel_chooses() {
+            self.receive_chosen_by_kernel(id);
         } else {
-            let entry = opcode::PollAdd::new(target.fd(), POLL_READABLE).build();
-            (Operation::Readable { connection: id }, entry.flags(target.flags()))
-        };
-        let ticket = self.submit(operation, entry);
+            self.wait_for_data(id);
+        }
+    }
+
+    fn receive_chosen_by_kernel(&mut self, id: ConnectionId) {
+        let has_poll_first = self.ring.features().has(Feature::PollFirst);
+        let len = self.mapping.layout().receive_buffer_bytes;
+        let connection = self.connection(id);
+        let target = connection.target;
+        let entry = opcode::Recv::new(target.fd(), std::ptr::null_mut(), len)
+            .buf_group(BUFFER_GROUP)
+            .ioprio(if has_poll_first && connection.drained { POLL_FIRST } else { 0 })
+            .build()
+            .flags(target.flags() | squeue::Flags::BUFFER_SELECT);
+        let ticket = self.submit(Operation::Receive { connection: id }, entry);
         self.connection(id).receive = Direction::Busy(ticket);
     }
 
-    /// There is data (or the end of it) and the reactor chooses the buffer.
+    /// Asks to be told of data (or its end) without holding a buffer meanwhile.
+    fn wait_for_data(&mut self, id: ConnectionId) {
+        let target = self.connection(id).target;
+        let entry = opcode::PollAdd::new(target.fd(), POLL_READABLE).build().flags(target.flags());
+        let ticket = self.submit(Operation::Readable { connection: id }, entry);
+        self.connection(id).receive = Direction::Busy(ticket);
+    }
+
+    /// There is data, or the end of it.
     pub(super) fn complete_readable(&mut self, id: ConnectionId, result: i32) {
-        self.connection(id).receive = Direction::Idle;
-        if result < 0 || self.connection(id).closing {
+        let connection = self.connection(id);
+        connection.receive = Direction::Idle;
+        connection.drained = false;
+        if result < 0 || connection.closing {
             return self.end_receive(id);
         }
-        let Some(buffer) = self.buffers.choose() else { return self.wait_for_buffer(id) };
+        self.receive_into_free_buffer(id);
+    }
+
+    fn receive_into_free_buffer(&mut self, id: ConnectionId) {
+        if !self.buffers.any_free() {
+            self.counters.buffer_shortages += 1;
+            self.connection(id).receive = Direction::Waiting;
+            self.waiting_for_buffer.push_back(id);
+            return;
+        }
+        if self.buffers.kernel_chooses() {
+            return self.receive_chosen_by_kernel(id);
+        }
+        let buffer = self.buffers.choose();
         let memory = self.mapping.receive_buffer(buffer);
         let target = self.connection(id).target;
         let entry = opcode::Recv::new(target.fd(), self.mapping.pointer(memory), memory.len)
@@ -238,46 +261,37 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
                 self.pending.push_back(Event::Received { connection: id, memory, buffer });
                 return;
             }
-            (_, Some(buffer)) => self.give_back(buffer),
+            (_, Some(buffer)) => self.buffers.put_back(buffer),
             (Ok(len), None) => assert_eq!(len, 0, "bytes without a buffer"),
             (Err(_), None) => {}
         }
         match -result {
             _ if closing => self.end_receive(id),
-            libc::ENOBUFS => self.wait_for_buffer(id),
+            // The kernel says so before it has looked for data.
+            libc::ENOBUFS => self.wait_for_data(id),
             libc::EINTR | libc::EAGAIN => self.start_receive(id),
             _ => self.end_receive(id),
         }
+        // The buffer that this receive did not use may be what another one waits for.
+        self.serve_waiting();
     }
 
-    /// The engine (or a receive that ended without data) gives back a buffer: who waits for one tries again.
+    /// The engine gives back a buffer: the first that waits for one tries again.
     pub(super) fn recycle(&mut self, buffer: ReceiveBuffer) {
         self.buffers.recycle(buffer);
         self.serve_waiting();
     }
 
-    fn give_back(&mut self, buffer: ReceiveBuffer) {
-        self.buffers.put_back(buffer);
-        self.serve_waiting();
-    }
-
-    fn wait_for_buffer(&mut self, id: ConnectionId) {
-        self.counters.buffer_shortages += 1;
-        self.connection(id).receive = Direction::Waiting;
-        if self.buffers.any_lent() {
-            self.waiting_for_buffer.push_back(id);
-        } else {
-            // All have come back since: nobody would wake this receive.
-            self.start_receive(id);
-        }
-    }
-
+    /// Those who wait are known to have data (or the end of it): each either uses a buffer, and serves the next
+    /// when that comes back, or ends without one, and serves the next then. So none is left behind.
     fn serve_waiting(&mut self) {
-        while let Some(id) = self.waiting_for_buffer.pop_front() {
-            let open = self.connections[id.0 as usize].open.as_ref();
+        while self.buffers.any_free() {
+            let Some(id) = self.waiting_for_buffer.pop_front() else { return };
+            let Some(open) = &mut self.connections[id.0 as usize].open else { continue };
             // A connection that was closed meanwhile leaves its name behind.
-            if open.is_some_and(|open| open.receive == Direction::Waiting && !open.closing) {
-                return self.start_receive(id);
+            if open.receive == Direction::Waiting && !open.closing {
+                open.receive = Direction::Idle;
+                return self.receive_into_free_buffer(id);
             }
         }
     }

@@ -190,6 +190,8 @@ impl EchoEngine {
                 break;
             }
             match self.consume(id, bytes) {
+                // Nonsense: the rest is of no use.
+                Some(_) if self.peer(id).closing => self.effects.push_back(Effect::Recycle { buffer }),
                 Some(taken) => {
                     let rest = bytes.part(taken, bytes.len - taken);
                     self.peer(id).received = Some((buffer, rest));

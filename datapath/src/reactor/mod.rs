@@ -18,6 +18,7 @@ mod device;
 pub mod echo;
 pub mod features;
 mod inflight;
+pub mod inherited;
 mod listen;
 pub mod mailbox;
 mod memory;
@@ -299,6 +300,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         self.start_effects();
         if self.phase == Phase::Draining && self.pending.is_empty() && self.engine.is_drained() {
             self.phase = Phase::Ending;
+        }
+        if self.phase == Phase::Ending {
             return;
         }
         let wait = self.wait();

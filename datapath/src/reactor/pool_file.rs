@@ -320,7 +320,8 @@ fn io_error(path: &Path, step: &'static str) -> impl FnOnce(io::Error) -> PoolFi
 
 /// A new file is there after a loss of power only if its directory was synced.
 fn sync_directory_of(path: &Path) -> Result<(), PoolFileError> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent =
+        path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     File::open(parent)
         .and_then(|directory| directory.sync_all())
         .map_err(io_error(parent, "sync the directory"))

@@ -269,7 +269,7 @@ impl Ring {
     /// Hands over what is queued and waits for a completion as long as `wait` says. Being interrupted, or the
     /// kernel having no memory for a moment, is no error: the caller comes again.
     pub(super) fn enter(&mut self, wait: Wait) -> io::Result<()> {
-        let (minimum, timeout) = match wait {
+        let (minimum, timeout): (libc::c_uint, _) = match wait {
             Wait::No => (0, None),
             Wait::AtMost(ns) => {
                 let subsecond = u32::try_from(ns % 1_000_000_000).expect("below a second");
@@ -302,7 +302,7 @@ impl Ring {
                 libc::SYS_io_uring_enter,
                 fd,
                 queued,
-                minimum as libc::c_uint,
+                minimum,
                 flags.bits(),
                 &raw const arguments,
                 size_of_val(&arguments),
