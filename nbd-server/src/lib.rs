@@ -2,6 +2,7 @@
 
 pub mod listener;
 pub mod metrics;
+pub mod pools;
 pub mod serve;
 pub mod shards;
 pub mod size;

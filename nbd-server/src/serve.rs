@@ -7,22 +7,16 @@ use datapath::reactor::affinity::AffinityError;
 pub use datapath::reactor::affinity::CpuList;
 use datapath::reactor::features::{Features, MaskError};
 use datapath::reactor::pool_file::{PoolFile, PoolFileError};
+pub use datapath::store::lane::AckPolicy;
+use datapath::store::lane::Lane;
 use thiserror::Error;
 
 use crate::listener::{ListenAddress, ListenError, Listener};
-use crate::shards::ShardsError;
+use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, format_pool, recover_pool};
+use crate::shards::{Shards, ShardsConfig, ShardsError};
 use crate::size::Size;
 use crate::stop::StopSignals;
 use crate::volume_name::VolumeName;
-
-/// When a write is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AckPolicy {
-    /// When the device has completed it: the contract of a plain disk.
-    Device,
-    /// When it is on stable media.
-    Durable,
-}
 
 /// A volume to serve, created if the pool does not have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,9 +82,12 @@ pub enum ServeError {
         #[source]
         source: std::io::Error,
     },
-    /// The engine of the shards is not joined to the process yet.
-    #[error("the store is not joined to the process yet")]
-    NoEngine,
+    /// The content of a pool.
+    #[error(transparent)]
+    Content(#[from] PoolsError),
+    /// A disk failed while the volumes were being brought up.
+    #[error("the shards ended before they were ready")]
+    NotReady,
 }
 
 /// Serves until it is told to stop. To be called before the process has started a thread.
@@ -101,9 +98,18 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let process = |step| move |source| ServeError::Process { step, source };
     let signals = StopSignals::block().map_err(process("block signals"))?;
     let features = Features::allowed_by_environment()?;
-    let cpus = CpuList::allowed()?.assign(config.cpus.as_ref(), config.threads)?;
-    let pools =
-        config.pools.iter().map(|path| open_pool(path, config.pool_size)).collect::<Result<Vec<_>, _>>()?;
+    // One shard runs all lanes.
+    let cpus = CpuList::allowed()?.assign(config.cpus.as_ref(), Some(1))?;
+    let settings = LaneSettings { ack: config.ack, map_cache: config.map_cache, read_only: config.read_only };
+    let mut files = Vec::new();
+    let mut pools = Vec::new();
+    for path in &config.pools {
+        let file = open_pool(path, config.pool_size)?;
+        pools.push(recover_pool(&file, &settings)?);
+        files.push(file);
+    }
+    let lengths_bytes: Vec<u64> = files.iter().map(PoolFile::length_bytes).collect();
+    let shard = build_shard(pools, &lengths_bytes, &config.volumes, &settings)?;
     let mut listeners = Listener::activated()?;
     for address in &config.nbd {
         listeners.push(Listener::bind(address)?);
@@ -116,10 +122,18 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
             let _ = sender.send(stop);
         })
         .map_err(process("watch signals"))?;
-    // Here the shards are built from `pools`, `config.volumes`, `config.ack` and `config.map_cache`, started with
-    // `Shards::start`, announced with `announce`, and run with `Shards::run`.
-    let _ = (features, cpus, pools, stops);
-    Err(ServeError::NoEngine)
+    let names: Vec<String> =
+        shard.lanes().flat_map(Lane::volumes).map(|volume| volume.record.name.clone()).collect();
+    let devices = files.iter().map(PoolFile::file).collect();
+    let shards =
+        Shards::start(vec![shard], &ShardsConfig { listeners: &listeners, devices, cpus, features })?;
+    if !shards.wait_until_open() {
+        shards.run(stops)?;
+        return Err(ServeError::NotReady);
+    }
+    announce(&listeners, &names);
+    shards.run(stops)?;
+    Ok(())
 }
 
 /// Opens a pool, made or grown to the wished size.
@@ -134,7 +148,11 @@ fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
             }
             pool
         }
-        (false, Some(size)) => PoolFile::create(path, size.bytes)?,
+        (false, Some(size)) => {
+            let pool = PoolFile::create(path, size.bytes)?;
+            format_pool(&pool, LANES)?;
+            pool
+        }
         (false, None) => return Err(ServeError::NoPool(path.to_owned())),
     };
     if !pool.is_direct() {
@@ -145,11 +163,12 @@ fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
     Ok(pool)
 }
 
-/// Prints the URIs under which clients find the volumes.
-pub fn announce(listeners: &[Listener], volumes: &[VolumeConfig]) {
+/// Prints on standard output the URIs under which clients find the volumes.
+fn announce(listeners: &[Listener], volumes: &[String]) {
     for volume in volumes {
+        let Ok(name) = volume.parse() else { continue };
         for listener in listeners {
-            tracing::info!(volume = %volume.name, size = %volume.size, uri = %listener.uri(&volume.name), "serving");
+            println!("ready {}", listener.uri(&name));
         }
     }
 }

@@ -118,6 +118,15 @@ where
         &self.mailboxes
     }
 
+    /// Waits until every shard takes requests. False if one has ended instead.
+    #[must_use]
+    pub fn wait_until_open(&self) -> bool {
+        self.mailboxes.iter().all(|mailbox| {
+            let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+            mailbox.post(Message::TellWhenOpen(sender)).is_ok() && receiver.recv().is_ok()
+        })
+    }
+
     /// Passes on what `stops` brings until all shards have ended. Gives the engines back in order.
     ///
     /// # Errors

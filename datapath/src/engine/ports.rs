@@ -199,6 +199,8 @@ pub trait Engine {
     fn send_pieces(&self, connection: ConnectionId) -> &[MemoryRange];
     /// How things are. Called rarely; may allocate.
     fn report(&self) -> Self::Report;
+    /// Has recovery been made safe, so that requests are taken?
+    fn is_open(&self) -> bool;
     /// After [`Event::Drain`]: is everything finished and safe on the devices?
     fn is_drained(&self) -> bool;
 }

@@ -417,6 +417,10 @@ impl Engine for EchoEngine {
         self.report
     }
 
+    fn is_open(&self) -> bool {
+        true
+    }
+
     fn is_drained(&self) -> bool {
         self.draining && self.effects.is_empty() && self.peers.iter().all(|peer| !peer.open)
     }

@@ -36,6 +36,8 @@ pub enum Message<R> {
         /// Where it comes from.
         peer: PeerAddress,
     },
+    /// Answer as soon as the engine takes requests. No answer means that the reactor has ended.
+    TellWhenOpen(SyncSender<()>),
     /// Say how things are. No answer (the channel closes) means that the reactor has ended.
     Inspect(SyncSender<Snapshot<R>>),
 }

@@ -207,6 +207,8 @@ pub struct Reactor<E: Engine<Memory = Arena>> {
     now: Moment,
     counters: Counters,
     enter_error: Option<io::Error>,
+    /// Threads that wait for the engine to take requests.
+    tell_when_open: Vec<std::sync::mpsc::SyncSender<()>>,
     /// Last: see above.
     mapping: Arc<Mapping>,
 }
@@ -262,6 +264,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             now: clock::now(),
             counters: Counters::default(),
             enter_error: None,
+            tell_when_open: Vec::new(),
             mapping,
         })
     }
@@ -297,6 +300,12 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             self.start_accepting();
         }
         self.engine.finish_turn(self.now);
+        if !self.tell_when_open.is_empty() && self.engine.is_open() {
+            for answer in self.tell_when_open.drain(..) {
+                // Who asked may have given up.
+                let _ = answer.try_send(());
+            }
+        }
         self.start_effects();
         if self.phase == Phase::Draining && self.pending.is_empty() && self.engine.is_drained() {
             self.phase = Phase::Ending;
@@ -464,6 +473,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Message::Abort => self.phase = Phase::Ending,
             Message::Adopt { socket, peer } if self.is_accepting() => self.admit(socket, peer),
             Message::Adopt { .. } => {}
+            Message::TellWhenOpen(answer) => self.tell_when_open.push(answer),
             Message::Inspect(answer) => {
                 // Who asked may have given up.
                 let _ = answer.try_send(self.snapshot());

@@ -116,6 +116,12 @@ impl PoolFile {
         PoolFile::finish_open(path, file, is_direct)
     }
 
+    /// Is the pool a file in a filesystem, whose blocks cost more at their first write?
+    #[must_use]
+    pub fn is_regular_file(&self) -> bool {
+        !self.is_block_device
+    }
+
     /// Makes a pool of `length_bytes`, allocated in full, so that no write can find the filesystem full later.
     ///
     /// # Errors

@@ -151,12 +151,6 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    /// Have all lanes made their recovered state safe, so that requests are taken?
-    #[must_use]
-    pub fn is_open(&self) -> bool {
-        self.opened
-    }
-
     /// The lanes, for checks.
     pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
         self.lanes.iter().map(|shard_lane| &shard_lane.lane)
@@ -313,6 +307,10 @@ impl<M: Memory> Engine for Shard<M> {
     fn send_pieces(&self, connection: ConnectionId) -> &[MemoryRange] {
         let connection = self.connections[connection.0 as usize].as_ref().expect("a send under way");
         connection.output.pieces()
+    }
+
+    fn is_open(&self) -> bool {
+        self.opened
     }
 
     fn is_drained(&self) -> bool {

@@ -119,7 +119,8 @@ impl Lane {
     /// Is everything in effect also in a checkpoint, and nothing under way?
     #[must_use]
     pub fn is_settled(&self) -> bool {
-        let idle = self.checkpointer.phase == Phase::Idle && !self.checkpointer.requested;
+        let wanted = self.checkpointer.requested && !self.volumes.is_empty();
+        let idle = self.checkpointer.phase == Phase::Idle && !wanted;
         idle && self.is_idle() && self.streams.iter().all(super::stream::Stream::is_settled)
     }
 
@@ -139,6 +140,9 @@ impl Lane {
     }
 
     fn wants_checkpoint(&self) -> bool {
+        if self.volumes.is_empty() {
+            return false;
+        }
         let log_blocks = self.counters.device_blocks_written - self.checkpointer.blocks_at_cut;
         let log_bytes = log_blocks * u64::from(BLOCK_BYTES);
         self.checkpointer.requested

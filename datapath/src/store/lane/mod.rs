@@ -59,8 +59,6 @@ pub struct LaneConfig {
     pub layout: Layout,
     /// When changes are answered.
     pub ack: AckPolicy,
-    /// Memory for leaves of the map.
-    pub map_cache_bytes: u64,
     /// Log bytes after which a checkpoint is written, so that a restart has less than that to read.
     pub checkpoint_log_bytes: u64,
     /// Mistakes planted by the simulator.
@@ -264,6 +262,8 @@ const BATCH_BUFFERS: u32 = 10;
 const BATCH_BUFFERS_KEPT: usize = 4;
 const LEAF_PAGES: u32 = 64;
 const ZERO_PAGES: u32 = 16;
+/// Segments that a lane borrows at a time, when it has fewer left.
+const SEGMENTS_IN_STOCK: u32 = 8;
 /// Segments that hold no client data: open and next ones of three streams, and room for the cleaner to work in.
 const WORKING_SEGMENTS: u32 = 14;
 
@@ -331,7 +331,7 @@ impl Lane {
     /// Is the first checkpoint of this mount done, so that requests are taken?
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.checkpointer.first_is_done()
+        self.volumes.is_empty() || self.checkpointer.first_is_done()
     }
 
     /// Did a write or sync fail, so that the lane is read-only?
@@ -392,7 +392,8 @@ impl Lane {
         let coming = u32::try_from(self.zeroing.waiting.len()).expect("a few")
             + u32::from(self.zeroing.current.is_some());
         let stock = self.segments.free_count() + coming;
-        if stock < 8 { 8 } else { 0 }
+        // A lane without volumes writes nothing.
+        if stock < SEGMENTS_IN_STOCK && !self.volumes.is_empty() { SEGMENTS_IN_STOCK } else { 0 }
     }
 
     /// The pool lends a segment; a pristine one is zeroed first.
