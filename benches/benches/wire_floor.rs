@@ -79,20 +79,15 @@ fn reactor(criterion: &mut Criterion) {
 
 fn tokio_uring(criterion: &mut Criterion) {
     let path = socket_path("tokio-uring");
-    let (bound, ready) = std::sync::mpsc::channel();
-    std::thread::spawn({
-        let path = path.clone();
-        move || {
-            tokio_uring::start(async move {
-                let listener = tokio_uring::net::UnixListener::bind(&path).expect("a socket");
-                bound.send(()).expect("somebody waits");
-                while let Ok(stream) = listener.accept().await {
-                    tokio_uring::spawn(serve(stream));
-                }
-            });
+    // Its own listener asks for SO_REUSEPORT, which current kernels refuse on unix sockets.
+    let listener = UnixListener::bind(&path).expect("a socket");
+    std::thread::spawn(move || {
+        // Criterion's clients come one after the other.
+        for stream in listener.incoming() {
+            let stream = stream.expect("a connection");
+            tokio_uring::start(serve(tokio_uring::net::UnixStream::from_std(stream)));
         }
     });
-    ready.recv().expect("a bound socket");
     measure(criterion, "tokio-uring", &path);
     std::fs::remove_file(&path).expect("the socket's file");
 }

@@ -329,7 +329,7 @@ impl Ring {
     }
 }
 
-/// What the reactor submits; the ring is restricted to it.
+/// What the reactor submits, on every kernel.
 const OPERATIONS: [(&str, u8); 12] = [
     ("READ", opcode::Read::CODE),
     ("READ_FIXED", opcode::ReadFixed::CODE),
@@ -342,7 +342,7 @@ const OPERATIONS: [(&str, u8); 12] = [
     ("SENDMSG", opcode::SendMsg::CODE),
     ("POLL_ADD", opcode::PollAdd::CODE),
     ("ASYNC_CANCEL", opcode::AsyncCancel::CODE),
-    ("NOP", opcode::Nop::CODE),
+    ("LINK_TIMEOUT", opcode::LinkTimeout::CODE),
 ];
 
 /// Tries the combinations of setup flags from the best to the plainest.
