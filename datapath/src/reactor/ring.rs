@@ -120,10 +120,9 @@ impl Ring {
                 return Err(RingError::TooOld(name));
             }
         }
-        // Multishot accept and POLL_FIRST cannot be asked for; they came in the same release as SOCKET.
+        // Multishot accept cannot be asked for; it came in the same release as SOCKET.
         if probe.is_supported(opcode::Socket::CODE) {
             features.insert(Feature::MultishotAccept);
-            features.insert(Feature::PollFirst);
         }
         if io.params().is_feature_no_iowait() {
             features.insert(Feature::NoIowait);
