@@ -16,7 +16,6 @@ use io_uring::{opcode, squeue, types};
 use nix::sys::socket::{Shutdown, shutdown};
 
 use super::buffers::BUFFER_GROUP;
-use super::features::Feature;
 use super::inflight::Ticket;
 use super::memory::Arena;
 use super::ring::{Completion, Target};
@@ -31,8 +30,6 @@ const LINGER_BYTES: u32 = 1 << 20;
 const LINGER_ROUNDS: u32 = 64;
 /// How long to wait for the client, each time.
 static LINGER_WAIT: types::Timespec = types::Timespec::new().sec(1);
-/// `IORING_RECVSEND_POLL_FIRST` of linux/io_uring.h.
-const POLL_FIRST: u16 = 1;
 /// Readable, or ended.
 const POLL_READABLE: u32 = libc::POLLIN as u32;
 
@@ -75,8 +72,6 @@ struct OpenConnection {
     send: Direction,
     closing: bool,
     lingering: bool,
-    /// The last receive left nothing behind: the next one will have to wait.
-    drained: bool,
 }
 
 // SAFETY: the pointers in an outbox lead into the arena's mapping and into the outbox itself, which is boxed and
@@ -166,7 +161,6 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             send: Direction::Idle,
             closing: false,
             lingering: false,
-            drained: true,
         });
         self.pending.push_back(Event::Accepted { connection: id, peer });
         true
@@ -188,13 +182,11 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     }
 
     fn receive_chosen_by_kernel(&mut self, id: ConnectionId) {
-        let has_poll_first = self.ring.features().has(Feature::PollFirst);
         let len = self.mapping.layout().receive_buffer_bytes;
         let connection = self.connection(id);
         let target = connection.target;
         let entry = opcode::Recv::new(target.fd(), std::ptr::null_mut(), len)
             .buf_group(BUFFER_GROUP)
-            .ioprio(if has_poll_first && connection.drained { POLL_FIRST } else { 0 })
             .build()
             .flags(target.flags() | squeue::Flags::BUFFER_SELECT);
         let ticket = self.submit(Operation::Receive { connection: id }, entry);
@@ -213,7 +205,6 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     pub(super) fn complete_readable(&mut self, id: ConnectionId, result: i32) {
         let connection = self.connection(id);
         connection.receive = Direction::Idle;
-        connection.drained = false;
         if result < 0 || connection.closing {
             return self.end_receive(id);
         }
@@ -244,8 +235,6 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     /// A receive into a buffer that the kernel chose has ended.
     pub(super) fn complete_receive(&mut self, id: ConnectionId, completion: Completion) {
         let buffer = io_uring::cqueue::buffer_select(completion.flags).map(ReceiveBuffer);
-        let connection = self.connection(id);
-        connection.drained = !io_uring::cqueue::sock_nonempty(completion.flags);
         self.finish_receive(id, buffer, completion.result);
     }
 
@@ -313,7 +302,6 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     pub(super) fn complete_receive_exact(&mut self, id: ConnectionId, memory: MemoryRange, result: i32) {
         let connection = self.connection(id);
         connection.receive = Direction::Idle;
-        connection.drained = false;
         let closing = connection.closing;
         match u32::try_from(result) {
             Ok(len) if len == memory.len && !closing => {

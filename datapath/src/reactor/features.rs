@@ -29,8 +29,6 @@ pub enum Feature {
     BufferRing,
     /// One submission accepts connections until it is cancelled.
     MultishotAccept,
-    /// A receive that is not expected to find data does not try first.
-    PollFirst,
     /// Only one thread submits, and completions are worked off when it waits.
     DeferTaskrun,
     /// Waiting for requests does not count as waiting for disks in the machine's statistics.
@@ -39,7 +37,7 @@ pub enum Feature {
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Feature; 10] = [
+    pub const ALL: [Feature; 9] = [
         Feature::RegisteredBuffers,
         Feature::RegisteredFiles,
         Feature::SubmitAll,
@@ -47,7 +45,6 @@ impl Feature {
         Feature::CooperativeTaskrun,
         Feature::BufferRing,
         Feature::MultishotAccept,
-        Feature::PollFirst,
         Feature::DeferTaskrun,
         Feature::NoIowait,
     ];
@@ -63,7 +60,6 @@ impl Feature {
             Feature::CooperativeTaskrun => "cooperative-taskrun",
             Feature::BufferRing => "buffer-ring",
             Feature::MultishotAccept => "multishot-accept",
-            Feature::PollFirst => "poll-first",
             Feature::DeferTaskrun => "defer-taskrun",
             Feature::NoIowait => "no-iowait",
         }
@@ -74,10 +70,7 @@ impl Feature {
         match self {
             Feature::RegisteredBuffers | Feature::RegisteredFiles => (5, 1),
             Feature::SubmitAll | Feature::RegisteredRing => (5, 18),
-            Feature::CooperativeTaskrun
-            | Feature::BufferRing
-            | Feature::MultishotAccept
-            | Feature::PollFirst => (5, 19),
+            Feature::CooperativeTaskrun | Feature::BufferRing | Feature::MultishotAccept => (5, 19),
             Feature::DeferTaskrun => (6, 1),
             Feature::NoIowait => (6, 15),
         }

@@ -120,10 +120,9 @@ impl Ring {
                 return Err(RingError::TooOld(name));
             }
         }
-        // Multishot accept and POLL_FIRST cannot be asked for; they came in the same release as SOCKET.
+        // Multishot accept cannot be asked for; it came in the same release as SOCKET.
         if probe.is_supported(opcode::Socket::CODE) {
             features.insert(Feature::MultishotAccept);
-            features.insert(Feature::PollFirst);
         }
         if io.params().is_feature_no_iowait() {
             features.insert(Feature::NoIowait);
@@ -329,7 +328,7 @@ impl Ring {
     }
 }
 
-/// What the reactor submits; the ring is restricted to it.
+/// What the reactor submits, on every kernel.
 const OPERATIONS: [(&str, u8); 12] = [
     ("READ", opcode::Read::CODE),
     ("READ_FIXED", opcode::ReadFixed::CODE),
@@ -342,7 +341,7 @@ const OPERATIONS: [(&str, u8); 12] = [
     ("SENDMSG", opcode::SendMsg::CODE),
     ("POLL_ADD", opcode::PollAdd::CODE),
     ("ASYNC_CANCEL", opcode::AsyncCancel::CODE),
-    ("NOP", opcode::Nop::CODE),
+    ("LINK_TIMEOUT", opcode::LinkTimeout::CODE),
 ];
 
 /// Tries the combinations of setup flags from the best to the plainest.
