@@ -119,7 +119,9 @@ impl BenchArgs {
             return Err("--rate, --duration and --reconnect are numbers of zero and more".to_owned());
         }
         if self.write + self.trim + self.zeroes > 0 && !self.destroy_data {
-            return Err("writing destroys what is on the volume; add --destroy-data if that is wanted".to_owned());
+            return Err(
+                "writing destroys what is on the volume; add --destroy-data if that is wanted".to_owned()
+            );
         }
         if self.verify && !u64::from(self.block.least).is_multiple_of(SECTOR_BYTES) {
             return Err(format!("--verify works in sectors: --block must be a multiple of {SECTOR_BYTES}"));

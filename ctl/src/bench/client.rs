@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use datapath::wire::WireError;
 use datapath::wire::nbd_handshake::{
-    GREETING_BYTES, Greeting, Info, OPTION_REPLY_HEADER_BYTES, OptionReplyHeader, client_flag, encode_info_query,
-    encode_option, handshake_flag, info_type, option, reply_type, transmission_flag,
+    GREETING_BYTES, Greeting, Info, OPTION_REPLY_HEADER_BYTES, OptionReplyHeader, client_flag,
+    encode_info_query, encode_option, handshake_flag, info_type, option, reply_type, transmission_flag,
 };
 use datapath::wire::nbd_transmission::{
     Chunk, HeaderStyle, ReplyHeader, RequestHeader, chunk_kind, command, command_flag,
@@ -280,7 +280,8 @@ impl<T> Client<T> {
         if self.output_sent < self.output.len() {
             events |= PollFlags::POLLOUT;
         }
-        let pause = until.map_or(RECEIVE_PAUSE, |until| until.saturating_duration_since(now).min(RECEIVE_PAUSE));
+        let pause =
+            until.map_or(RECEIVE_PAUSE, |until| until.saturating_duration_since(now).min(RECEIVE_PAUSE));
         let mut polled = [PollFd::new(self.socket.fd(), events)];
         match ppoll(&mut polled, Some(TimeSpec::from_duration(pause)), None) {
             Ok(_) | Err(nix::Error::EINTR) => Ok(()),
@@ -295,7 +296,9 @@ impl<T> Client<T> {
         self.input_start = 0;
         let flags = if block { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
         match recv(self.socket.raw_fd(), &mut self.input[self.input_end..], flags) {
-            Ok(0) => Err(ClientError::Lost(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server"))),
+            Ok(0) => {
+                Err(ClientError::Lost(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server")))
+            }
             Ok(received) => {
                 self.input_end += received;
                 Ok(())
@@ -334,7 +337,13 @@ impl<T> Client<T> {
                 ReplyHeader::Simple { error, cookie } => self.take_simple(error, cookie, header_len)?,
                 ReplyHeader::Chunk(chunk) => {
                     let slot = self.slot_of(chunk.cookie)?;
-                    match self.take_chunk(slot, chunk.kind, chunk.length_bytes, chunk.is_last(), header_len)? {
+                    match self.take_chunk(
+                        slot,
+                        chunk.kind,
+                        chunk.length_bytes,
+                        chunk.is_last(),
+                        header_len,
+                    )? {
                         Step::Incomplete => return Ok(None),
                         Step::Taken if chunk.is_last() => Some(slot),
                         Step::Taken | Step::Payload => None,
@@ -347,7 +356,12 @@ impl<T> Client<T> {
         }
     }
 
-    fn take_simple(&mut self, error: u32, cookie: u64, header_len: usize) -> Result<Option<usize>, ClientError> {
+    fn take_simple(
+        &mut self,
+        error: u32,
+        cookie: u64,
+        header_len: usize,
+    ) -> Result<Option<usize>, ClientError> {
         let slot = self.slot_of(cookie)?;
         let sent = self.slots[slot].as_mut().expect("checked by slot_of");
         if sent.ask.kind == Kind::Read && self.style != HeaderStyle::Simple {
@@ -399,7 +413,9 @@ impl<T> Client<T> {
                 }
             }
             Chunk::Error { error, .. } => sent.error = Some(error),
-            Chunk::Data { .. } | Chunk::Status { .. } => return Err(protocol("a chunk that was not asked for")),
+            Chunk::Data { .. } | Chunk::Status { .. } => {
+                return Err(protocol("a chunk that was not asked for"));
+            }
         }
         self.input_start += header_len + length;
         Ok(Step::Taken)
@@ -443,7 +459,8 @@ fn protocol(what: &str) -> ClientError {
 /// Where in the read's memory this part belongs.
 fn part_of_read(ask: &Ask, offset_bytes: u64, length_bytes: u64) -> Result<usize, ClientError> {
     let at = offset_bytes.checked_sub(ask.offset_bytes);
-    let inside = at.and_then(|at| at.checked_add(length_bytes)).is_some_and(|end| end <= u64::from(ask.length_bytes));
+    let inside =
+        at.and_then(|at| at.checked_add(length_bytes)).is_some_and(|end| end <= u64::from(ask.length_bytes));
     match at {
         Some(at) if inside && ask.kind == Kind::Read => Ok(usize::try_from(at).expect("inside the request")),
         _ => Err(protocol("data outside of what was asked for")),
@@ -492,7 +509,10 @@ fn negotiate(socket: &mut Socket, export: &str, wish: HeaderStyle) -> Result<Agr
             reply_type::ACK => return Ok(agreed),
             _ => {
                 let text = String::from_utf8_lossy(&payload).into_owned();
-                return Err(ClientError::Refused(format!("export `{export}`: {text} ({:#x})", header.reply_type)));
+                return Err(ClientError::Refused(format!(
+                    "export `{export}`: {text} ({:#x})",
+                    header.reply_type
+                )));
             }
         }
     }

@@ -2,34 +2,34 @@
 
 /// SplitMix64 (Steele, Lea, Flood 2014): good enough for offsets and gaps, not for secrets.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
     /// Streams of different seeds have nothing visible in common.
     #[must_use]
-    pub fn new(seed: u64) -> Random {
+    pub(super) fn new(seed: u64) -> Random {
         Random(mix(seed))
     }
 
     /// Any number.
-    pub fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.0)
     }
 
     /// A number below `end`, which is not zero. The bias is below `end` in 2^64.
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         let wide = u128::from(self.next()) * u128::from(end);
         u64::try_from(wide >> 64).expect("the high half of a product fits")
     }
 
     /// True in `percent` of 100 cases.
-    pub fn percent(&mut self, percent: u32) -> bool {
+    pub(super) fn percent(&mut self, percent: u32) -> bool {
         self.below(100) < u64::from(percent)
     }
 
     /// A gap between two arrivals of a Poisson process with this mean, in nanoseconds.
-    pub fn poisson_gap_ns(&mut self, mean_ns: f64) -> f64 {
+    pub(super) fn poisson_gap_ns(&mut self, mean_ns: f64) -> f64 {
         // 53 bits, and never zero: the logarithm stays finite.
         #[expect(clippy::cast_precision_loss, reason = "53 bits fit a double exactly")]
         let unit = ((self.next() >> 11) + 1) as f64 / (1_u64 << 53) as f64;

@@ -161,8 +161,18 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "{:<8}{:>10}{:>10.0}{:>10.1}{:>8}   {:15}{:>8.1}{:>10.1}{:>10.1}{:>10.1}{:>10.1}{:>10.1}",
-                o.operation.name(), o.count, o.iops, o.megabytes_per_second, o.errors, "", l.p50, l.p90, l.p99,
-                l.p99_9, l.p99_99, l.max
+                o.operation.name(),
+                o.count,
+                o.iops,
+                o.megabytes_per_second,
+                o.errors,
+                "",
+                l.p50,
+                l.p90,
+                l.p99,
+                l.p99_9,
+                l.p99_99,
+                l.max
             )?;
         }
         write!(f, "{:.1} s, {} volume(s)", self.seconds, self.uris.len())?;

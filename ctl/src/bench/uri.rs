@@ -97,7 +97,9 @@ mod tests {
             "nbd+unix:///v?x=1&socket=/tmp/x%2by.sock".parse(),
             Ok(NbdUri { server: Server::Unix("/tmp/x+y.sock".into()), export: "v".to_owned() })
         );
-        for bad in ["vol", "nbd:///v", "nbd+unix:///v", "nbds://h/v", "http://h/v", "nbd://h/%zz", "nbd://h/%"] {
+        for bad in
+            ["vol", "nbd:///v", "nbd+unix:///v", "nbds://h/v", "http://h/v", "nbd://h/%zz", "nbd://h/%"]
+        {
             assert!(bad.parse::<NbdUri>().is_err(), "{bad}");
         }
     }

@@ -24,7 +24,7 @@ use std::io::{self, Read, Write};
 use super::random::mix;
 
 /// Bytes in a sector: the unit of verification, and the smallest unit that storage writes without tearing.
-pub const SECTOR_BYTES: u64 = 512;
+pub(super) const SECTOR_BYTES: u64 = 512;
 const SECTOR_LEN: usize = 512;
 const MAGIC: u64 = u64::from_be_bytes(*b"BERTHSEC");
 const STATE_MAGIC: u64 = u64::from_be_bytes(*b"BERTHVS1");
@@ -317,7 +317,8 @@ impl Verifier {
             list[own].stage = Stage::Done(now);
             list[own].durable = self.loss == Loss::Kill;
             let Candidate { version, zeroes, .. } = list[own];
-            self.unflushed.push_back((now, Change { version, first_sector: sector, sector_count: 1, zeroes }));
+            self.unflushed
+                .push_back((now, Change { version, first_sector: sector, sector_count: 1, zeroes }));
         }
         let submitted = list[own].submitted;
         supersede(list, own, now, |other| other.ended_before(submitted.max(mark.0)));
@@ -416,7 +417,7 @@ fn index(sector: u64) -> usize {
 }
 
 /// The payload of a write: what each of its sectors will carry.
-pub fn fill(seed: u64, change: Change, payload: &mut [u8]) {
+pub(super) fn fill(seed: u64, change: Change, payload: &mut [u8]) {
     for (sector, bytes) in (change.first_sector..).zip(payload.chunks_exact_mut(SECTOR_LEN)) {
         let header = [MAGIC, seed, sector, change.version];
         for (word, value) in bytes.chunks_exact_mut(8).zip(header.into_iter().chain(pattern(header))) {

@@ -46,9 +46,9 @@ impl Contender {
             Contender::QemuIoUring => "qemu-nbd-io_uring",
             Contender::QemuNative => "qemu-nbd-native",
             Contender::QemuThreads => "qemu-nbd-threads",
-            Contender::Nbdkit => "nbdkit",
+            Contender::Nbdkit => "nbdkit-page-cache",
             Contender::NbdkitNoCache => "nbdkit-cache=none",
-            Contender::NbdServer => "nbd-server",
+            Contender::NbdServer => "nbd-server-page-cache",
         }
     }
 
@@ -56,14 +56,23 @@ impl Contender {
     pub(crate) fn family(self) -> &'static str {
         match self {
             Contender::QemuIoUring | Contender::QemuNative | Contender::QemuThreads => "qemu-nbd",
-            Contender::Nbdkit | Contender::NbdkitNoCache => "nbdkit",
+            // Not variants of one another: they promise different things.
+            Contender::Nbdkit => "nbdkit-page-cache",
+            Contender::NbdkitNoCache => "nbdkit",
+            Contender::NbdServer => "nbd-server",
             other => other.name(),
         }
     }
 
+    /// Does it answer a write when the data is in the page cache, and read from there? Then its figures say
+    /// nothing about the disk, and it is shown but not compared with.
+    pub(crate) fn uses_page_cache(self) -> bool {
+        matches!(self, Contender::Nbdkit | Contender::NbdServer)
+    }
+
     /// Is it a server that Berth is compared with?
-    pub(crate) fn is_other_server(self) -> bool {
-        !matches!(self, Contender::Raw | Contender::Echo | Contender::Berth)
+    pub(crate) fn is_yardstick(self) -> bool {
+        !matches!(self, Contender::Raw | Contender::Echo | Contender::Berth) && !self.uses_page_cache()
     }
 }
 
@@ -157,7 +166,7 @@ impl Bench {
         let uri = format!("nbd+unix:///v?socket={}", socket.display());
         let (program, arguments) = self.command(contender, &socket)?;
         if contender == Contender::Raw {
-            return Ok(Server { child: None, target: Target::File(self.plain()) });
+            return Ok(Server { child: None, target: Target::File(self.plain()), contender });
         }
         let mut command = dying_with_us(&program);
         command.args(arguments).stdin(Stdio::null()).stderr(Stdio::inherit());
@@ -172,7 +181,7 @@ impl Bench {
             None => wait_for_socket(&socket, &mut child).map(|()| uri),
         };
         match ready {
-            Ok(uri) => Ok(Server { child: Some(child), target: Target::Nbd(uri) }),
+            Ok(uri) => Ok(Server { child: Some(child), target: Target::Nbd(uri), contender }),
             Err(why) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -227,7 +236,11 @@ impl Bench {
                     "[generic]\nunixsock = {socket}\nport = 0\n[v]\nexportname = {plain}\nflush = true\nfua = true\n"
                 );
                 fs::write(&config, text).map_err(|error| format!("{}: {error}", config.display()))?;
-                ("nbd-server".to_owned(), words(format!("-n\t-C\t{}", config.display())))
+                // It leaves for the background, except to serve a single client. A process namespace with a parent
+                // that stays keeps hold of it and of its children, one per client.
+                let script = format!("nbd-server -C {} && exec sleep infinity", config.display());
+                let line = format!("--map-root-user\t--pid\t--fork\t--kill-child\tsh\t-c\t{script}");
+                ("unshare".to_owned(), words(line))
             }
         })
     }
@@ -259,6 +272,7 @@ fn wait_for_socket(socket: &Path, child: &mut Child) -> Result<(), String> {
 pub(crate) struct Server {
     child: Option<Child>,
     target: Target,
+    contender: Contender,
 }
 
 impl Server {
@@ -274,6 +288,10 @@ impl Server {
     /// Asks it to end, and waits for that.
     pub(crate) fn stop(mut self) -> Result<(), String> {
         let Some(mut child) = self.child.take() else { return Ok(()) };
+        if matches!(self.contender, Contender::Echo | Contender::NbdServer) {
+            // The one knows no other end, the other's namespace ignores the polite way.
+            let _ = child.kill();
+        }
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).map_err(|error| error.to_string())?);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).map_err(|error| error.to_string())?;
         let start = Instant::now();

@@ -178,7 +178,7 @@ impl Results {
     fn best_other(&self, row: &Row) -> Option<Contender> {
         let sign = if row.measure == Measure::MedianLatency { -1.0 } else { 1.0 };
         let median = |who: &Contender| self.main_figures(row, *who).map_or(f64::MIN, |s| s.median * sign);
-        let others = self.contenders(row).into_iter().filter(|who| who.is_other_server());
+        let others = self.contenders(row).into_iter().filter(|who| who.is_yardstick());
         others.max_by(|a, b| median(a).total_cmp(&median(b)))
     }
 
@@ -326,7 +326,9 @@ mod tests {
         let row = crate::ROWS.iter().find(|row| row.raw_must_agree).unwrap();
         let mut results = Results::new(Vec::new(), 2, 1);
         for (round, raw) in [(0, [100.0, 80.0]), (1, [100.0, 90.0])] {
-            raw.map(|raw| results.add(row, Contender::Raw, round, sample(raw)));
+            for raw in raw {
+                results.add(row, Contender::Raw, round, sample(raw));
+            }
             results.add(row, Contender::Berth, round, sample(if round == 0 { 1.0 } else { 95.0 }));
         }
         let (_, ratio, _) = results.judge(row, Bar::OfRaw(0.85)).unwrap();
