@@ -125,7 +125,7 @@ impl Server {
     ///
     /// # Panics
     /// If it had ended before, by itself.
-    pub fn kill(mut self) {
+    pub fn kill(&mut self) {
         let ended = self.child.try_wait().expect("our child");
         assert!(ended.is_none(), "the server ended by itself: {ended:?}");
         self.child.kill().expect("our child");
