@@ -105,7 +105,9 @@ fn run(mut fio: Command, reads: bool) -> Result<Output, String> {
     let output = fio.output().map_err(|error| format!("fio: {error} (Debian package fio)"))?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
-        return Err(format!("{fio:?} failed: {}{text}", String::from_utf8_lossy(&output.stderr)));
+        // Before the JSON text stands what went wrong; the text itself is all zeroes then.
+        let notes = text.split('{').next().unwrap_or_default();
+        return Err(format!("{fio:?} failed: {notes}{}", String::from_utf8_lossy(&output.stderr)));
     }
     // fio writes notes before the JSON text.
     let json = text.find('{').map_or("", |start| &text[start..]).to_owned();

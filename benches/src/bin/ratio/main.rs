@@ -24,7 +24,7 @@ use crate::servers::Contender;
 use crate::table::{Results, Sample};
 
 /// Measures Berth against other NBD servers and the raw disk.
-#[derive(Debug, Parser)]
+#[derive(Clone, Debug, Parser)]
 struct Arguments {
     /// Rows to run: r4k w4k r4k1 w4k1 r128k w128k; all without any.
     rows: Vec<String>,
@@ -43,6 +43,9 @@ struct Arguments {
     /// Where the volumes and the results go; must be on the disk to measure and allow O_DIRECT.
     #[arg(long, default_value = "target/ratio")]
     dir: PathBuf,
+    /// Measure although others use the machine. The figures then only show that everything runs.
+    #[arg(long)]
+    noisy: bool,
     /// Be the echo server on this socket (the program starts itself so).
     #[arg(long, hide = true)]
     echo: Option<PathBuf>,
@@ -69,8 +72,12 @@ fn measure(arguments: &Arguments) -> Result<(), String> {
     let rows = rows::named(&arguments.rows)?;
     let contenders = servers::named(&arguments.servers)?;
     let bench = servers::Bench::prepare(&arguments.dir, arguments.size_mib, &contenders)?;
-    let mut results = Results::new(machine::describe(&arguments.dir), arguments.rounds, arguments.seconds);
-    let best = choose_variants(&bench, &rows, &contenders)?;
+    let mut facts = machine::describe(&arguments.dir);
+    if arguments.noisy {
+        facts.push("TAKEN ON A BUSY MACHINE".to_owned());
+    }
+    let mut results = Results::new(facts, arguments.rounds, arguments.seconds);
+    let best = choose_variants(arguments, &bench, &rows, &contenders)?;
     for round in 0..arguments.rounds {
         for (row, contenders) in rows.iter().zip(&best) {
             let mut order: Vec<Contender> = contenders.clone();
@@ -81,7 +88,7 @@ fn measure(arguments: &Arguments) -> Result<(), String> {
             order.insert(0, Contender::Raw);
             order.push(Contender::Raw);
             for contender in order {
-                let sample = run_one(&bench, row, contender, arguments.seconds, round)?;
+                let sample = run_one(arguments, &bench, row, contender, round)?;
                 eprintln!("round {round} {:6} {:22} {}", row.name, contender.name(), sample.short(row));
                 results.add(row, contender, round, sample);
             }
@@ -95,16 +102,19 @@ fn measure(arguments: &Arguments) -> Result<(), String> {
 
 /// For each row, of every server that can be set up in several ways the one that does best there.
 fn choose_variants(
+    arguments: &Arguments,
     bench: &servers::Bench,
     rows: &[&'static Row],
     contenders: &[Contender],
 ) -> Result<Vec<Vec<Contender>>, String> {
+    let probing = Arguments { seconds: arguments.seconds.min(2), ..arguments.clone() };
     let mut best = Vec::new();
     for row in rows {
         let mut chosen: Vec<(Contender, f64)> = Vec::new();
         for &contender in contenders.iter().filter(|&&contender| contender != Contender::Raw) {
             let alone = contenders.iter().filter(|other| other.family() == contender.family()).count() == 1;
-            let score = if alone { 0.0 } else { run_one(bench, row, contender, 2, u32::MAX)?.score(row) };
+            let score =
+                if alone { 0.0 } else { run_one(&probing, bench, row, contender, u32::MAX)?.score(row) };
             match chosen.iter_mut().find(|(other, _)| other.family() == contender.family()) {
                 Some(entry) if entry.1 < score => *entry = (contender, score),
                 Some(_) => {}
@@ -117,15 +127,17 @@ fn choose_variants(
 }
 
 fn run_one(
+    arguments: &Arguments,
     bench: &servers::Bench,
     row: &Row,
     contender: Contender,
-    seconds: u32,
     round: u32,
 ) -> Result<Sample, String> {
     let server = bench.start(contender)?;
-    machine::wait_until_quiet()?;
-    let job = Job { row, seconds, size_mib: bench.size_mib, target: server.target() };
+    if !arguments.noisy {
+        machine::wait_until_quiet()?;
+    }
+    let job = Job { row, seconds: arguments.seconds, size_mib: bench.size_mib, target: server.target() };
     let machine_before = machine::busy_seconds()?;
     let server_before = server.cpu_seconds()?;
     let output = job.run()?;

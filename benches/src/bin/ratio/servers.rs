@@ -231,9 +231,10 @@ impl Bench {
                 ("nbdkit".to_owned(), words(format!("-f\t-U\t{socket}\tfile\t{plain}\tcache=none")))
             }
             Contender::NbdServer => {
+                // It cannot do without a TCP port: zero would mean standard input.
                 let config = self.dir.join("nbd-server.conf");
                 let text = format!(
-                    "[generic]\nunixsock = {socket}\nport = 0\n[v]\nexportname = {plain}\nflush = true\nfua = true\n"
+                    "[generic]\nunixsock = {socket}\nlistenaddr = 127.0.0.1\nport = 10899\n[v]\nexportname = {plain}\nflush = true\nfua = true\n"
                 );
                 fs::write(&config, text).map_err(|error| format!("{}: {error}", config.display()))?;
                 // It leaves for the background, except to serve a single client. A process namespace with a parent
