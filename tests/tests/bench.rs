@@ -3,11 +3,10 @@
 
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use berth::bench::{self, BenchArgs, BenchError, BlockRange, Kind, Replies};
+use berth::bench::{self, BenchArgs, BenchError, BlockRange, Control, Kind, Replies};
 use system_tests::harness::{Scratch, tools};
 
 fn nbdkit(socket: &Path, arguments: &[&str]) -> Child {
@@ -84,9 +83,9 @@ fn a_server_that_forgets_is_found_out() {
     let socket = scratch.socket("nbd");
     let mut server = nbdkit(&socket, &["memory", "64M"]);
     let args = BenchArgs { reconnect: 20.0, ..mixed(&socket, 60.0) };
-    let finish = AtomicBool::new(false);
+    let control = Control::default();
     let found = thread::scope(|scope| {
-        let load = scope.spawn(|| bench::run_until(&args, &finish));
+        let load = scope.spawn(|| bench::run_with(&args, &control));
         thread::sleep(Duration::from_millis(500));
         kill(&mut server, &socket);
         // The new one starts from zeroes.
@@ -107,15 +106,15 @@ fn a_server_that_keeps_a_file_survives_being_killed() {
     let start = || nbdkit(&socket, &["file", file.to_str().expect("UTF-8")]);
     let mut server = start();
     let args = BenchArgs { reconnect: 20.0, ..mixed(&socket, 300.0) };
-    let finish = AtomicBool::new(false);
+    let control = Control::default();
     let report = thread::scope(|scope| {
-        let load = scope.spawn(|| bench::run_until(&args, &finish));
+        let load = scope.spawn(|| bench::run_with(&args, &control));
         for round in 0..5 {
             thread::sleep(Duration::from_millis(150 + 70 * round));
             kill(&mut server, &socket);
             server = start();
         }
-        finish.store(true, Ordering::Relaxed);
+        control.finish();
         load.join().expect("no panic")
     });
     kill(&mut server, &socket);

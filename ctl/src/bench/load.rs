@@ -12,7 +12,7 @@ use super::random::Random;
 use super::report::{Kind, Tally};
 use super::verify::{Change, FlushMark, Outcome, ReadMark, SECTOR_BYTES, fill};
 use super::volume::Volume;
-use super::{BenchError, Plan};
+use super::{BenchError, Control, Plan};
 
 /// A server that owes an answer for so long is given up.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -39,8 +39,7 @@ pub(super) struct Worker<'a> {
     pub(super) volume: &'a Volume<'a>,
     /// Some connection failed for good: all stop.
     pub(super) stop: &'a AtomicBool,
-    /// The run ends before its time: nothing new is sent.
-    pub(super) finish: &'a AtomicBool,
+    pub(super) control: &'a Control,
     pub(super) random: Random,
     /// The part of the volume that this connection goes through in order: next, first and last byte.
     pub(super) next_offset: u64,
@@ -92,7 +91,7 @@ impl Worker<'_> {
                 Err(Ended::Failed(error)) => break Err(error),
                 Err(Ended::Lost(_)) if self.stop.load(Ordering::Relaxed) => break Ok(()),
                 Err(Ended::Lost(why)) => {
-                    if let Err(error) = self.volume.come_back(why) {
+                    if let Err(error) = self.volume.come_back(why, &self.control.reconnects) {
                         break Err(error);
                     }
                 }
@@ -115,7 +114,7 @@ impl Worker<'_> {
         let mut last_answer = Instant::now();
         loop {
             let now = Instant::now();
-            if self.finish.load(Ordering::Relaxed) {
+            if self.control.is_finishing() {
                 arrivals.end = arrivals.end.min(now);
             }
             self.send_due(&mut client, arrivals, now, counts);

@@ -20,7 +20,7 @@ mod volume;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Write};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -127,22 +127,44 @@ impl Plan {
     }
 }
 
+/// A run as another thread sees and steers it.
+#[derive(Debug, Default)]
+pub struct Control {
+    finish: AtomicBool,
+    reconnects: AtomicU64,
+}
+
+impl Control {
+    /// Ends the load early: nothing new is sent, what is under way is waited for and verified.
+    pub fn finish(&self) {
+        self.finish.store(true, Ordering::Relaxed);
+    }
+
+    /// How often, so far, a server came back and (with `--verify`) was found in order.
+    pub fn reconnects(&self) -> u64 {
+        self.reconnects.load(Ordering::Relaxed)
+    }
+
+    fn is_finishing(&self) -> bool {
+        self.finish.load(Ordering::Relaxed)
+    }
+}
+
 /// Runs the load and reports what it found.
 ///
 /// # Errors
-/// Those of [`run_until`].
+/// Those of [`run_with`].
 pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
-    run_until(args, &AtomicBool::new(false))
+    run_with(args, &Control::default())
 }
 
-/// Like [`run`], and ends the load early once `finish` is set: what is under way is still waited for and
-/// verified.
+/// Like [`run`], under another thread's control.
 ///
 /// # Errors
 /// When the options make no sense, a server cannot be reached or breaks the protocol, or verification finds
 /// anything wrong. Requests that a server answers with an error are counted, not failures of the run, except
 /// for reads while verifying.
-pub fn run_until(args: &BenchArgs, finish: &AtomicBool) -> Result<Report, BenchError> {
+pub fn run_with(args: &BenchArgs, control: &Control) -> Result<Report, BenchError> {
     args.check().map_err(BenchError::Arguments)?;
     let plan = Plan::new(args);
     let wish = match args.replies {
@@ -170,8 +192,8 @@ pub fn run_until(args: &BenchArgs, finish: &AtomicBool) -> Result<Report, BenchE
         volumes.push((volume, size_bytes));
     }
     let start = Instant::now();
-    let counts = run_workers(args, &plan, &volumes, clients, (start, finish))?;
-    let report = summarize(args, &volumes, &counts, start);
+    let counts = run_workers(args, &plan, &volumes, clients, (start, control))?;
+    let report = summarize(args, control, &counts, start);
     conclude(args, volumes, report)
 }
 
@@ -244,7 +266,7 @@ fn run_workers(
     plan: &Plan,
     volumes: &[(Volume<'_>, u64)],
     clients: Vec<Client<Tag>>,
-    (start, finish): (Instant, &AtomicBool),
+    (start, control): (Instant, &Control),
 ) -> Result<Vec<Counts>, BenchError> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -254,7 +276,7 @@ fn run_workers(
             let range = part_of_volume(args, *size_bytes, number % args.connections as usize);
             let random = Random::new(args.seed ^ (number as u64 + 1) << 32);
             let next_offset = range.start;
-            let worker = Worker { args, plan, volume, stop: &stop, finish, random, next_offset, range };
+            let worker = Worker { args, plan, volume, stop: &stop, control, random, next_offset, range };
             threads.push(scope.spawn(move || worker.run(client, start)));
         }
         let results: Vec<_> =
@@ -274,7 +296,7 @@ fn part_of_volume(args: &BenchArgs, size_bytes: u64, connection: usize) -> std::
     start..start + part
 }
 
-fn summarize(args: &BenchArgs, volumes: &[(Volume<'_>, u64)], counts: &[Counts], start: Instant) -> Report {
+fn summarize(args: &BenchArgs, control: &Control, counts: &[Counts], start: Instant) -> Report {
     let last_answer = counts.iter().map(|counts| counts.last_answer).max().unwrap_or(start);
     let seconds = last_answer.duration_since(start).as_secs_f64().max(1e-9);
     let mut operations = Vec::new();
@@ -291,7 +313,7 @@ fn summarize(args: &BenchArgs, volumes: &[(Volume<'_>, u64)], counts: &[Counts],
         uris: args.uris.iter().map(NbdUri::to_string).collect(),
         seconds,
         operations,
-        reconnects: volumes.iter().map(|(volume, _)| volume.returns()).sum(),
+        reconnects: control.reconnects(),
         not_sent: counts.iter().map(|counts| counts.not_sent).sum(),
         sectors_verified: None,
     }

@@ -1,6 +1,6 @@
 //! What the connections to one volume share: what may be on it, and how they come back together after a loss.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -74,10 +74,6 @@ impl<'a> Volume<'a> {
         self.broken.load(Ordering::Relaxed)
     }
 
-    pub(super) fn returns(&self) -> u64 {
-        self.meeting.lock().expect("no holder panics").returns
-    }
-
     /// A connection has done its part.
     pub(super) fn leave(&self) {
         self.meeting.lock().expect("no holder panics").members -= 1;
@@ -89,7 +85,7 @@ impl<'a> Volume<'a> {
     ///
     /// All connections meet here first, because a change may only be judged once nothing of the time before the
     /// loss is on its way; one of them then does the work for all.
-    pub(super) fn come_back(&self, why: ClientError) -> Result<(), BenchError> {
+    pub(super) fn come_back(&self, why: ClientError, reconnects: &AtomicU64) -> Result<(), BenchError> {
         self.broken.store(true, Ordering::Relaxed);
         let lost = |why| BenchError::Client { uri: self.uri.to_string(), why };
         if self.reconnect.is_zero() || !matches!(why, ClientError::Lost(_)) {
@@ -116,6 +112,7 @@ impl<'a> Volume<'a> {
                 return Err(error);
             }
             meeting.returns += 1;
+            reconnects.fetch_add(1, Ordering::Relaxed);
             self.broken.store(false, Ordering::Relaxed);
             return Ok(());
         }
