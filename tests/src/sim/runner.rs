@@ -92,7 +92,7 @@ fn explain(info: &PanicHookInfo<'_>, subject_arguments: &str) {
     }
     eprintln!("\nreplay: cargo run -p system-tests --release --bin simulate -- {subject_arguments}--seed {seed}");
     eprintln!("        with --verbose for the whole trace, RUST_BACKTRACE=1 for a backtrace");
-    if std::env::var_os("RUST_BACKTRACE").is_some() {
+    if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
         eprintln!("{}", std::backtrace::Backtrace::force_capture());
     }
 }

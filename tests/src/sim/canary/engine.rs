@@ -131,7 +131,7 @@ impl Canary {
 
     /// Starts the next request if none is under way.
     fn work(&mut self) {
-        while self.running.is_none() && self.ready {
+        while self.running.is_none() && self.ready && !self.drain_sync {
             let Some(job) = self.queue.pop_front() else { break };
             let step = match job.command.kind {
                 FLUSH => Step::Sync,

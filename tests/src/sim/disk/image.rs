@@ -3,7 +3,7 @@
 use crate::to_usize;
 
 /// Bytes in a page of an image.
-pub const PAGE_BYTES: usize = 4096;
+pub(super) const PAGE_BYTES: usize = 4096;
 
 type Page = Box<[u8; PAGE_BYTES]>;
 

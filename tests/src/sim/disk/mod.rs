@@ -394,19 +394,17 @@ impl Disk {
     }
 
     /// A durable write must not be overwritten by older cached data when power is cut. The device may write
-    /// such data out early at any time, so it does.
+    /// such data out early at any time, so it does, with all that is older still: a record may only reach
+    /// stable media before those that it overwrote if these are dropped.
     fn sync_overlapping(&mut self, offset_bytes: u64, len: usize) {
         let end = offset_bytes + len as u64;
-        let mut position = 0;
-        while position < self.unsynced.len() {
-            let record = &self.unsynced[position];
-            if record.offset_bytes < end && offset_bytes < record.offset_bytes + record.data.len() as u64 {
-                let record = self.unsynced.remove(position);
-                self.make_stable(record.offset_bytes, &record.data);
-                self.spare.push(record.data);
-            } else {
-                position += 1;
-            }
+        let overlaps = |record: &Record| {
+            record.offset_bytes < end && offset_bytes < record.offset_bytes + record.data.len() as u64
+        };
+        let count = self.unsynced.iter().rposition(overlaps).map_or(0, |position| position + 1);
+        for record in self.unsynced.drain(..count).collect::<Vec<_>>() {
+            self.make_stable(record.offset_bytes, &record.data);
+            self.spare.push(record.data);
         }
     }
 

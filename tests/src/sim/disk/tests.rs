@@ -100,6 +100,21 @@ fn a_durable_write_survives_and_older_cached_data_does_not_come_over_it() {
 }
 
 #[test]
+fn a_durable_write_does_not_put_older_cached_data_over_newer() {
+    for seed in 0..200 {
+        let mut disk = disk(seed);
+        write(&mut disk, 1, 1);
+        let (index, _) = disk.start_write(BLOCK as u64, &[2; 2 * BLOCK], false);
+        disk.finish(index, &mut []).unwrap();
+        let (index, _) = disk.start_write(2 * BLOCK as u64, &[3; BLOCK], true);
+        disk.finish(index, &mut []).unwrap();
+        sync(&mut disk);
+        disk.cut_power();
+        assert_eq!((read(&mut disk, 1), read(&mut disk, 2)), (vec![2; BLOCK], vec![3; BLOCK]));
+    }
+}
+
+#[test]
 fn a_failed_sync_may_lose_what_it_covered_and_a_second_one_does_not_bring_it_back() {
     let lost = count(|seed| {
         let mut disk = disk(seed);

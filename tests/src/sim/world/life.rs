@@ -15,6 +15,8 @@ use crate::sim::workload::{Ask, AskKind, Workload};
 
 /// A request that takes longer is lost. Stalls of the disk are 2 s, and several may meet in one request.
 const ANSWER_NS_MAX: u64 = 60_000_000_000;
+/// A life does not take longer than that, whatever its trigger waits for.
+const ANSWERS_MAX: u64 = 1_500;
 const WATCH_NS: u64 = 500_000_000;
 /// More happenings between two watches mean that the engine runs in circles.
 const HAPPENINGS_PER_WATCH_MAX: u64 = 5_000_000;
@@ -109,6 +111,7 @@ pub(super) struct Life<'w, 'a, S: Subject> {
     answers: u64,
     errors_at_start: u64,
     rotten: bool,
+    disk_failed: bool,
     drain_began: Moment,
     happenings_seen: u64,
     next_client: u64,
@@ -136,6 +139,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             answers: 0,
             errors_at_start,
             rotten,
+            disk_failed: false,
             drain_began: now,
             happenings_seen: 0,
             next_client: world.report.lives * 1_000,
@@ -186,7 +190,15 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         if ended && self.stage < Stage::Finishing { self.end() } else { None }
     }
 
-    fn triggered(&self) -> bool {
+    fn triggered(&mut self) -> bool {
+        // After an error of the disk a volume may refuse all changes, so device writes may never come.
+        if !self.ending.last && !self.disk_failed && self.driver.disk.counts.errors > self.errors_at_start {
+            self.disk_failed = true;
+            self.ending.trigger = Trigger::Answers(self.answers + self.random.below(200));
+        }
+        if self.answers >= ANSWERS_MAX {
+            return true;
+        }
         match self.ending.trigger {
             Trigger::DeviceWrites(count) => self.driver.counts.device_writes >= count,
             Trigger::Answers(count) => self.answers >= count,

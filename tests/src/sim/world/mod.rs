@@ -132,7 +132,6 @@ pub fn run_seed<S: Subject>(seed: u64, subject: &mut S, verbose: bool) -> Report
 struct World<'a, S: Subject> {
     subject: &'a mut S,
     setup: Setup,
-    survives: Survives,
     swarm: Swarm,
     oracles: Vec<Oracle>,
     /// Lent to the engine while it lives.
@@ -161,7 +160,6 @@ impl<'a, S: Subject> World<'a, S> {
             disk: Some(disk),
             subject,
             setup,
-            survives,
             swarm,
             now,
             random,
