@@ -46,7 +46,7 @@ impl<T> Agenda<T> {
     }
 
     /// Jumps to the next happening.
-    pub fn next(&mut self) -> Option<T> {
+    pub fn advance(&mut self) -> Option<T> {
         let entry = self.entries.pop()?;
         self.now = entry.moment;
         Some(entry.happening)
@@ -86,7 +86,7 @@ mod tests {
         agenda.after_ns(0, "second");
         agenda.at(Moment(150), "fourth");
         let mut seen = Vec::new();
-        while let Some(happening) = agenda.next() {
+        while let Some(happening) = agenda.advance() {
             seen.push((agenda.now().0, happening));
         }
         assert_eq!(seen, [(100, "first"), (100, "second"), (150, "third"), (150, "fourth")]);

@@ -163,7 +163,8 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             let waiting = |event: &Event| connection_of(event).is_some_and(|id| id.0 as usize == index);
             !self.inbox.iter().any(waiting)
         };
-        let free = (0..self.connections.len()).find(|index| self.connections[*index].is_none() && told(*index));
+        let free =
+            (0..self.connections.len()).find(|index| self.connections[*index].is_none() && told(*index));
         let index = free.unwrap_or_else(|| {
             self.connections.push(None);
             self.connections.len() - 1
@@ -246,7 +247,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
 
     /// Lets the next thing happen.
     pub fn step(&mut self) -> Notice {
-        let Some(happening) = self.agenda.next() else { return Notice::Dead };
+        let Some(happening) = self.agenda.advance() else { return Notice::Dead };
         self.counts.happenings += 1;
         match happening {
             Happening::Turn => {
@@ -327,14 +328,22 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let now = self.now();
         match effect {
             Effect::DeviceRead { token, device, offset_bytes, memory } => {
-                trace::note(now, "device read token, offset, length", [token.0.into(), offset_bytes, memory.len.into()]);
+                trace::note(
+                    now,
+                    "device read token, offset, length",
+                    [token.0.into(), offset_bytes, memory.len.into()],
+                );
                 self.assert_device_range(device, offset_bytes, memory, 512);
                 self.engine.memory().lend(memory, Lending::Exclusive, &mut self.random);
                 let started = self.disk.start_read(offset_bytes, memory.len as usize);
                 self.note_operation(started, DeviceOperation { token, purpose: Purpose::Read, memory });
             }
             Effect::DeviceWrite { token, device, offset_bytes, memory, durable } => {
-                trace::note(now, "device write token, offset, length", [token.0.into(), offset_bytes, memory.len.into()]);
+                trace::note(
+                    now,
+                    "device write token, offset, length",
+                    [token.0.into(), offset_bytes, memory.len.into()],
+                );
                 self.assert_device_range(device, offset_bytes, memory, BLOCK_BYTES_U64);
                 self.counts.device_writes += 1;
                 self.engine.memory().lend(memory, Lending::Shared, &mut self.random);
@@ -371,19 +380,37 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         }
     }
 
-    fn assert_device_range(&self, device: DeviceIndex, offset_bytes: u64, memory: MemoryRange, alignment: u64) {
+    fn assert_device_range(
+        &self,
+        device: DeviceIndex,
+        offset_bytes: u64,
+        memory: MemoryRange,
+        alignment: u64,
+    ) {
         assert_eq!(device, DeviceIndex(0), "the world has one disk");
         assert!(memory.len > 0, "an empty device operation");
         assert!(offset_bytes.is_multiple_of(BLOCK_BYTES_U64), "device offset {offset_bytes} is unaligned");
-        assert!(u64::from(memory.len).is_multiple_of(BLOCK_BYTES_U64), "device length {} is unaligned", memory.len);
+        assert!(
+            u64::from(memory.len).is_multiple_of(BLOCK_BYTES_U64),
+            "device length {} is unaligned",
+            memory.len
+        );
         assert!(u64::from(memory.start).is_multiple_of(alignment), "{memory:?} is unaligned");
         let end = offset_bytes.checked_add(memory.len.into());
-        assert!(end.is_some_and(|end| end <= self.disk.len_bytes()), "{offset_bytes}+{} leaves the disk", memory.len);
+        assert!(
+            end.is_some_and(|end| end <= self.disk.len_bytes()),
+            "{offset_bytes}+{} leaves the disk",
+            memory.len
+        );
     }
 
     fn note_operation(&mut self, (index, delay_ns): (OperationIndex, u64), operation: DeviceOperation) {
         let mut others = self.operations.iter().flatten();
-        assert!(others.all(|other| other.token != operation.token), "{:?} is under way twice", operation.token);
+        assert!(
+            others.all(|other| other.token != operation.token),
+            "{:?} is under way twice",
+            operation.token
+        );
         if self.operations.len() <= index.0 {
             self.operations.resize(index.0 + 1, None);
         }
@@ -500,7 +527,11 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     }
 
     fn network_delay_ns(&mut self) -> u64 {
-        if self.random.percent(1) { self.random.range(0..=3_000_000) } else { self.random.range(500..=30_000) }
+        if self.random.percent(1) {
+            self.random.range(0..=3_000_000)
+        } else {
+            self.random.range(500..=30_000)
+        }
     }
 
     fn plan_arrival(&mut self, id: ConnectionId) {
@@ -552,10 +583,13 @@ fn connection_of(event: &Event) -> Option<ConnectionId> {
 fn note_event(now: Moment, event: &Event) {
     let (label, numbers) = match event {
         Event::Accepted { connection, .. } => ("accepted connection", [connection.0.into(), 0, 0]),
-        Event::Received { connection, memory, .. } => {
-            ("received on connection, at, length", [connection.0.into(), memory.start.into(), memory.len.into()])
+        Event::Received { connection, memory, .. } => (
+            "received on connection, at, length",
+            [connection.0.into(), memory.start.into(), memory.len.into()],
+        ),
+        Event::ReceivedExact { connection } => {
+            ("received exactly on connection", [connection.0.into(), 0, 0])
         }
-        Event::ReceivedExact { connection } => ("received exactly on connection", [connection.0.into(), 0, 0]),
         Event::ReceiveEnded { connection } => ("receive ended on connection", [connection.0.into(), 0, 0]),
         Event::Sent { connection } => ("sent on connection", [connection.0.into(), 0, 0]),
         Event::SendFailed { connection } => ("send failed on connection", [connection.0.into(), 0, 0]),

@@ -32,7 +32,11 @@ impl Cutting {
             Cutting::Whole => available,
             Cutting::Crumbs if available < 4096 && random.percent(70) => 1,
             Cutting::Anywhere | Cutting::Crumbs => {
-                if available < 4096 || random.percent(30) { 1 + random.index(available) } else { available }
+                if available < 4096 || random.percent(30) {
+                    1 + random.index(available)
+                } else {
+                    available
+                }
             }
         }
     }
@@ -204,7 +208,12 @@ impl Pipe {
     }
 
     /// Moves bytes towards the server.
-    pub fn arrive(&mut self, memory: &mut SimMemory, buffers: &mut ReceiveBuffers, random: &mut Random) -> Progress {
+    pub fn arrive(
+        &mut self,
+        memory: &mut SimMemory,
+        buffers: &mut ReceiveBuffers,
+        random: &mut Random,
+    ) -> Progress {
         if matches!(self.receiving, Receiving::Idle) {
             return Progress::Blocked;
         }
@@ -356,7 +365,9 @@ mod tests {
             }
             while received.len() < sent.len() {
                 bench.pipe.start_receive(None, &mut bench.memory, &mut bench.random);
-                let Progress::Event(Event::Received { memory, buffer, .. }) = bench.arrive() else { panic!() };
+                let Progress::Event(Event::Received { memory, buffer, .. }) = bench.arrive() else {
+                    panic!()
+                };
                 received.extend_from_slice(bench.memory.driver_bytes(memory));
                 bench.buffers.recycle(buffer, &mut bench.memory);
             }

@@ -67,7 +67,10 @@ fn run_one<S: Subject>(seed: u64, options: &Options, make: impl Fn() -> S) -> Re
     let report = run_seed(seed, &mut make(), options.verbose);
     if options.twice {
         let again = run_seed(seed, &mut make(), false);
-        assert_eq!(report.digest, again.digest, "two runs of one seed differ: something reads the outer world");
+        assert_eq!(
+            report.digest, again.digest,
+            "two runs of one seed differ: something reads the outer world"
+        );
     }
     report
 }
@@ -90,7 +93,9 @@ fn explain(info: &PanicHookInfo<'_>, subject_arguments: &str) {
     for line in lines {
         eprintln!("  {line}");
     }
-    eprintln!("\nreplay: cargo run -p system-tests --release --bin simulate -- {subject_arguments}--seed {seed}");
+    eprintln!(
+        "\nreplay: cargo run -p system-tests --release --bin simulate -- {subject_arguments}--seed {seed}"
+    );
     eprintln!("        with --verbose for the whole trace, RUST_BACKTRACE=1 for a backtrace");
     if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
         eprintln!("{}", std::backtrace::Backtrace::force_capture());
@@ -98,8 +103,8 @@ fn explain(info: &PanicHookInfo<'_>, subject_arguments: &str) {
 }
 
 fn first_line(info: &PanicHookInfo<'_>) -> String {
-    let message = info.payload_as_str().unwrap_or("a panic without a message");
-    message.lines().next().unwrap_or_default().to_owned()
+    let text = info.to_string();
+    text.lines().nth(1).unwrap_or_default().to_owned()
 }
 
 /// The totals of a run, for people.

@@ -146,7 +146,7 @@ pub trait Subject {
         now: Moment,
         disk: &mut DiskReader<'_>,
         memory: SimMemory,
-    ) -> Result<Self::Engine, (SimMemory, StartError)>;
+    ) -> Result<Self::Engine, StartError>;
 
     /// What the engine did in its life.
     fn counts(&self, engine: &Self::Engine) -> SubjectCounts;

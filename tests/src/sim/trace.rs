@@ -40,7 +40,8 @@ pub fn note(now: Moment, label: &'static str, numbers: [u64; 3]) {
     TRACE.with_borrow_mut(|trace| {
         let entry = Entry { now, label, numbers };
         for number in [now.0, label.len() as u64].into_iter().chain(numbers) {
-            trace.digest = trace.digest.rotate_left(5).wrapping_add(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            trace.digest =
+                trace.digest.rotate_left(5).wrapping_add(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         }
         if trace.verbose {
             println!("{}", line(&entry));

@@ -61,7 +61,16 @@ impl Pattern {
     #[must_use]
     pub fn draw(random: &mut Random, bytes_max: u64) -> Pattern {
         let mut weight = |usual: u64| if random.percent(20) { 0 } else { usual * random.range(1..=4) };
-        let weights = [weight(30) + 10, weight(40) + 15, weight(5), weight(6), weight(5), weight(1), weight(3), weight(1)];
+        let weights = [
+            weight(30) + 10,
+            weight(40) + 15,
+            weight(5),
+            weight(6),
+            weight(5),
+            weight(1),
+            weight(3),
+            weight(1),
+        ];
         Pattern {
             weights,
             aligned: *random.pick(&[0, 50, 80, 100]),
@@ -166,7 +175,10 @@ impl Workload {
     fn spoil(&mut self, ask: Ask) -> Ask {
         match self.random.below(3) {
             0 => Ask { length_bytes: 0, ..ask },
-            1 => Ask { offset_bytes: self.size_bytes - ask.length_bytes.min(self.size_bytes) + SECTOR_BYTES, ..ask },
+            1 => Ask {
+                offset_bytes: self.size_bytes - ask.length_bytes.min(self.size_bytes) + SECTOR_BYTES,
+                ..ask
+            },
             _ => Ask { offset_bytes: u64::MAX - self.random.below(2 << 20), ..ask },
         }
     }

@@ -140,7 +140,13 @@ impl Canary {
             self.running = Some(Running { job, step, done: 0, answer: Vec::new(), answered: false });
             self.advance();
         }
-        if self.ready && self.draining && self.running.is_none() && self.queue.is_empty() && !self.drained && !self.drain_sync {
+        if self.ready
+            && self.draining
+            && self.running.is_none()
+            && self.queue.is_empty()
+            && !self.drained
+            && !self.drain_sync
+        {
             if self.dirty && !self.has(Bug::DrainWithoutSync) && !self.failed {
                 self.drain_sync = true;
                 self.effects.push_back(Effect::DeviceSync { token: DRAIN_SYNC, device: DeviceIndex(0) });
@@ -154,7 +160,8 @@ impl Canary {
     fn advance(&mut self) {
         let running = self.running.as_ref().expect("a request is under way");
         let (command, step) = (&running.job.command, running.step);
-        let trivial = matches!(command.kind, CACHE | STATUS) || (command.length == 0 && command.kind != FLUSH);
+        let trivial =
+            matches!(command.kind, CACHE | STATUS) || (command.length == 0 && command.kind != FLUSH);
         if command.error != 0 {
             return self.answer(command.error);
         }
@@ -282,7 +289,9 @@ impl Canary {
         if running.done + u64::from(PART_BYTES) >= running.job.command.length && !running.answered {
             running.answered = true;
             let job = &running.job;
-            if let Some(connection) = self.connections.get_mut(&job.connection.0) {
+            let connection = self.connections.get_mut(&job.connection.0);
+            if let Some(connection) = connection.filter(|connection| connection.generation == job.generation)
+            {
                 connection.protocol.reply(&job.command, 0, &[]);
             }
         }
@@ -348,7 +357,8 @@ impl Canary {
                 continue;
             }
             let over = connection.ended || (connection.leaving && connection.queued == 0);
-            let idle = connection.sending.is_empty() && (connection.protocol.output.is_empty() || connection.ended);
+            let idle =
+                connection.sending.is_empty() && (connection.protocol.output.is_empty() || connection.ended);
             if (over && idle) || (close_one && connection.queued > 0) {
                 connection.closing = true;
                 self.effects.push_back(Effect::Close { connection: id });

@@ -132,13 +132,11 @@ impl Subject for CanarySubject {
         _now: Moment,
         disk: &mut DiskReader<'_>,
         memory: SimMemory,
-    ) -> Result<Canary, (SimMemory, StartError)> {
+    ) -> Result<Canary, StartError> {
         let mut label = [0; 6];
-        if let Err(error) = disk.read_at(0, &mut label) {
-            return Err((memory, StartError::Read(format!("{error:?}"))));
-        }
+        disk.read_at(0, &mut label).map_err(|error| StartError::Read(format!("{error:?}")))?;
         if &label != b"canary" {
-            return Err((memory, StartError::Refused(format!("the label is {label:?}"))));
+            return Err(StartError::Refused(format!("the label is {label:?}")));
         }
         Ok(Canary::new(memory, places(setup), setup.durable_acks, self.bug))
     }

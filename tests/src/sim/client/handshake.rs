@@ -84,7 +84,9 @@ impl Client {
         let step = *self.steps.last().expect("an option is under way");
         assert_eq!((magic, option), (OPTION_REPLY_MAGIC, step.number()), "a reply to another option");
         match (step, kind) {
-            (Step::List, REPLY_SERVER) | (Step::Context, REPLY_META_CONTEXT) | (Step::Info | Step::Go, REPLY_INFO) => {
+            (Step::List, REPLY_SERVER)
+            | (Step::Context, REPLY_META_CONTEXT)
+            | (Step::Info | Step::Go, REPLY_INFO) => {
                 self.handle_fact(step, data).expect("a complete fact");
             }
             (Step::InfoOfNothing, kind) => {
@@ -97,7 +99,9 @@ impl Client {
             }
             (_, REPLY_ACK) => self.handle_ack(step),
             // These are optional features; nothing else may be refused.
-            (Step::Structured | Step::Extended | Step::Context | Step::List, ERROR_UNSUPPORTED) => self.finish_step(),
+            (Step::Structured | Step::Extended | Step::Context | Step::List, ERROR_UNSUPPORTED) => {
+                self.finish_step()
+            }
             _ => panic!("{step:?} was answered with {kind:#x}: {}", String::from_utf8_lossy(data)),
         }
         Some(20 + length)

@@ -232,7 +232,13 @@ impl Client {
     ///
     /// # Panics
     /// If the server broke the protocol or a promise.
-    pub fn handle_input(&mut self, now: Moment, input: &mut ByteQueue, oracle: &mut Oracle, tolerance: Tolerance) {
+    pub fn handle_input(
+        &mut self,
+        now: Moment,
+        input: &mut ByteQueue,
+        oracle: &mut Oracle,
+        tolerance: Tolerance,
+    ) {
         loop {
             let used = match self.phase {
                 Phase::Greeting => self.handle_greeting(input.peek()),
@@ -257,7 +263,13 @@ impl Client {
         self.next_cookie += 1;
         self.counts.requests += 1;
         trace::note(now, "client sends cookie, offset, length", [cookie, ask.offset_bytes, ask.length_bytes]);
-        self.write_header(command(ask.kind), self.command_flags(ask), cookie, ask.offset_bytes, ask.length_bytes);
+        self.write_header(
+            command(ask.kind),
+            self.command_flags(ask),
+            cookie,
+            ask.offset_bytes,
+            ask.length_bytes,
+        );
         if ask.kind == AskKind::Write {
             let from = self.output.len();
             self.output.resize(from + to_usize(ask.length_bytes), 0);
@@ -304,7 +316,8 @@ impl Client {
     }
 
     fn expectation(&self, ask: Ask) -> Expect {
-        let outside = ask.offset_bytes.checked_add(ask.length_bytes).is_none_or(|end| end > self.plan.size_bytes);
+        let outside =
+            ask.offset_bytes.checked_add(ask.length_bytes).is_none_or(|end| end > self.plan.size_bytes);
         match ask.kind {
             AskKind::Unknown => Expect::Error(EINVAL),
             AskKind::Flush => Expect::Success,
@@ -319,7 +332,8 @@ impl Client {
         if expect != Expect::Success {
             return Model::Nothing;
         }
-        let mut change = |kind| Model::Change(oracle.begin_change(kind, ask.offset_bytes, ask.length_bytes, ask.fua));
+        let mut change =
+            |kind| Model::Change(oracle.begin_change(kind, ask.offset_bytes, ask.length_bytes, ask.fua));
         match ask.kind {
             AskKind::Write => change(ChangeKind::Write),
             AskKind::Zeroes { .. } => change(ChangeKind::Zero),

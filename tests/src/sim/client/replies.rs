@@ -204,7 +204,8 @@ impl Client {
             ESHUTDOWN => tolerance.shutting_down,
             ENOTSUP => matches!(ask.kind, AskKind::Zeroes { only_if_fast: true, .. }),
             EOVERFLOW => {
-                matches!(ask.kind, AskKind::Read { one_piece: true }) && ask.length_bytes > ONE_PIECE_BYTES_MIN
+                matches!(ask.kind, AskKind::Read { one_piece: true })
+                    && ask.length_bytes > ONE_PIECE_BYTES_MIN
             }
             _ => false,
         };
@@ -226,7 +227,8 @@ impl Pending {
     fn handle_content(&mut self, chunk: &Chunk, data: &[u8]) -> Option<()> {
         let mut fields = Fields(data);
         let offset = fields.u64()?;
-        let from = offset.checked_sub(self.ask.offset_bytes).expect("content before the range that was asked for");
+        let from =
+            offset.checked_sub(self.ask.offset_bytes).expect("content before the range that was asked for");
         let from = to_usize(from);
         if chunk.kind == CHUNK_HOLE {
             let length = fields.length()?;
@@ -284,7 +286,10 @@ impl Pending {
             count += 1;
         }
         assert!(count > 0 && (!one_extent || count == 1), "{count} extents");
-        assert!(announced.is_none_or(|announced| announced == count), "{announced:?} extents announced, {count} came");
+        assert!(
+            announced.is_none_or(|announced| announced == count),
+            "{announced:?} extents announced, {count} came"
+        );
         if let Model::Status { answered, .. } = &mut self.model {
             assert!(!std::mem::replace(answered, true), "two status chunks for one context");
         }

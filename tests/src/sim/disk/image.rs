@@ -103,7 +103,9 @@ mod tests {
         image.write(4000, &[9; 5000]);
         let mut read = vec![1; 1 << 16];
         image.read(0, &mut read);
-        assert!(read.iter().enumerate().all(|(at, byte)| *byte == if (4000..9000).contains(&at) { 9 } else { 0 }));
+        assert!(
+            read.iter().enumerate().all(|(at, byte)| *byte == if (4000..9000).contains(&at) { 9 } else { 0 })
+        );
         assert!(image.is_written(0) && image.is_written(2) && !image.is_written(3));
     }
 

@@ -95,10 +95,19 @@ pub struct OperationIndex(pub usize);
 
 #[derive(Debug)]
 enum Operation {
-    Read { offset_bytes: u64, len: usize },
-    Write { offset_bytes: u64, data: Vec<u8>, durable: bool },
+    Read {
+        offset_bytes: u64,
+        len: usize,
+    },
+    Write {
+        offset_bytes: u64,
+        data: Vec<u8>,
+        durable: bool,
+    },
     /// Covers the first `covers` writes ever completed.
-    Sync { covers: u64 },
+    Sync {
+        covers: u64,
+    },
 }
 
 /// A completed write that no sync has covered yet, or a part of one.

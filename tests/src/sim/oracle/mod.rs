@@ -173,8 +173,16 @@ impl Oracle {
     }
 
     /// A client sends a change. Ranges are whole sectors.
-    pub fn begin_change(&mut self, kind: ChangeKind, offset_bytes: u64, length_bytes: u64, fua: bool) -> ChangeId {
-        assert!(offset_bytes.is_multiple_of(SECTOR_BYTES_U64) && length_bytes.is_multiple_of(SECTOR_BYTES_U64));
+    pub fn begin_change(
+        &mut self,
+        kind: ChangeKind,
+        offset_bytes: u64,
+        length_bytes: u64,
+        fua: bool,
+    ) -> ChangeId {
+        assert!(
+            offset_bytes.is_multiple_of(SECTOR_BYTES_U64) && length_bytes.is_multiple_of(SECTOR_BYTES_U64)
+        );
         let start = self.tick();
         let id = u32::try_from(self.changes.len()).expect("fewer than 2^32 changes");
         let aligned = (offset_bytes | length_bytes).is_multiple_of(BLOCK_BYTES);
@@ -194,7 +202,8 @@ impl Oracle {
             missed: false,
         });
         self.open.push(id);
-        let whole = offset_bytes.next_multiple_of(BLOCK_BYTES)..(offset_bytes + length_bytes) & !(BLOCK_BYTES - 1);
+        let whole =
+            offset_bytes.next_multiple_of(BLOCK_BYTES)..(offset_bytes + length_bytes) & !(BLOCK_BYTES - 1);
         for sector in sectors_of(offset_bytes, length_bytes) {
             let optional = kind == ChangeKind::Trim && !whole.contains(&(sector as u64 * SECTOR_BYTES_U64));
             self.prune(sector);

@@ -59,7 +59,8 @@ impl Ending {
             2 => Trigger::Nanoseconds(random.skewed(1..=20_000_000)),
             _ => Trigger::Answers(random.range(20..=700)),
         };
-        let outcome = *random.pick(&[Outcome::Killed, Outcome::PowerCut, Outcome::PowerCut, Outcome::Drained]);
+        let outcome =
+            *random.pick(&[Outcome::Killed, Outcome::PowerCut, Outcome::PowerCut, Outcome::Drained]);
         Ending { trigger, outcome, last: false }
     }
 
@@ -328,11 +329,11 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         if matches!(session.role, Role::Verifier(_)) {
             plan.depth = VERIFY_DEPTH;
         }
-        trace::note(self.driver.now(), "client connects: client, connection, volume", [
-            self.next_client,
-            id.0.into(),
-            session.volume as u64,
-        ]);
+        trace::note(
+            self.driver.now(),
+            "client connects: client, connection, volume",
+            [self.next_client, id.0.into(), session.volume as u64],
+        );
         let client = Client::new(self.next_client, crate::to_u32(session.volume), plan);
         self.next_client += 1;
         session.client = Some((client, id));
@@ -395,7 +396,10 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     }
 
     fn handle_readable(&mut self, id: ConnectionId) {
-        let index = self.sessions.iter().position(|session| session.client.as_ref().is_some_and(|(_, own)| *own == id));
+        let index = self
+            .sessions
+            .iter()
+            .position(|session| session.client.as_ref().is_some_and(|(_, own)| *own == id));
         let Some(index) = index else { return };
         let now = self.driver.now();
         let tolerance = self.tolerance();
@@ -422,7 +426,9 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         if self.finish_verifier(index) {
             return;
         }
-        if answers > 0 || self.sessions[index].client.as_ref().is_some_and(|(client, _)| client.free_depth() > 0) {
+        if answers > 0
+            || self.sessions[index].client.as_ref().is_some_and(|(client, _)| client.free_depth() > 0)
+        {
             let pause = self.random.skewed(100..=50_000);
             self.plan_think(index, pause);
         }
@@ -436,7 +442,8 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         let session = &mut self.sessions[index];
         let Role::Verifier(next) = session.role else { return false };
         let size = self.world.setup.volumes[session.volume].size_bytes;
-        let done = next == size && session.client.as_ref().is_some_and(|(client, _)| client.pending_count() == 0);
+        let done =
+            next == size && session.client.as_ref().is_some_and(|(client, _)| client.pending_count() == 0);
         if done {
             let (client, id) = session.client.take().expect("connected");
             self.close_client(index, client, id);

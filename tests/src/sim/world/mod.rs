@@ -152,11 +152,12 @@ impl<'a, S: Subject> World<'a, S> {
         let mut disk = Disk::new(setup.disk_bytes, random.fork("disk", 0));
         subject.format(&setup, &mut disk);
         let promises = subject.promises(&setup);
-        let oracles = (0..).zip(&setup.volumes).map(|(index, volume)| Oracle::new(index, volume.size_bytes, promises));
+        let oracles =
+            (0..).zip(&setup.volumes).map(|(index, volume)| Oracle::new(index, volume.size_bytes, promises));
         let now = Moment(random.range(0..=1 << 40));
         World {
             oracles: oracles.collect(),
-            memory: Some(SimMemory::new(subject.memory_plan(&setup).total_bytes)),
+            memory: None,
             disk: Some(disk),
             subject,
             setup,
@@ -215,7 +216,11 @@ impl<'a, S: Subject> World<'a, S> {
 
     /// Does to the disk what the end of the process means.
     fn end(&mut self, outcome: Outcome, disk: &mut Disk, failed: bool) -> Crash {
-        trace::note(self.now, "life ends: 0 kill 1 power cut 2 drained", [outcome as u64, u64::from(failed), 0]);
+        trace::note(
+            self.now,
+            "life ends: 0 kill 1 power cut 2 drained",
+            [outcome as u64, u64::from(failed), 0],
+        );
         match outcome {
             Outcome::Killed => {
                 self.report.kills += 1;
@@ -238,7 +243,7 @@ impl<'a, S: Subject> World<'a, S> {
 
     fn prepare_disk(&mut self, last: bool, random: &mut Random) {
         let swarm = self.swarm.clone();
-        let errors = if random.percent(swarm.errors) { random.skewed(100..=20_000) } else { 0 };
+        let errors = if random.percent(swarm.errors) { random.skewed(1_000..=50_000) } else { 0 };
         let mut faults = DiskFaults {
             write_errors: if random.percent(50) { errors } else { 0 },
             read_errors: if random.percent(50) { errors } else { 0 },
@@ -267,20 +272,23 @@ impl<'a, S: Subject> World<'a, S> {
     fn start(&mut self) -> Option<S::Engine> {
         loop {
             let disk = self.disk.as_mut().expect("no engine has the disk between lives");
-            let mut memory = self.memory.take().expect("no engine has the memory between lives");
-            memory.reset();
             let errors = disk.counts.errors;
+            // A refused start keeps its memory; the next one begins with new memory.
+            let total_bytes = self.subject.memory_plan(&self.setup).total_bytes;
+            let mut memory = self.memory.take().unwrap_or_else(|| SimMemory::new(total_bytes));
+            memory.reset();
             let error = match self.subject.start(&self.setup, self.now, &mut DiskReader::new(disk), memory) {
                 Ok(engine) => return Some(engine),
-                Err((memory, error)) => {
-                    self.memory = Some(memory);
-                    error
-                }
+                Err(error) => error,
             };
             self.report.refusals += 1;
             let (rotten, lied) = (disk.is_rotten(), disk.counts.lies > 0);
             let unreadable = disk.counts.errors > errors;
-            trace::note(self.now, "start refused: rotten, lied, unreadable", [rotten.into(), lied.into(), unreadable.into()]);
+            trace::note(
+                self.now,
+                "start refused: rotten, lied, unreadable",
+                [rotten.into(), lied.into(), unreadable.into()],
+            );
             assert!(rotten || lied || unreadable, "an undamaged image is refused: {error}");
             assert!(unreadable || matches!(error, StartError::Refused(_)), "no read failed, but: {error}");
             if lied {
@@ -332,9 +340,10 @@ fn draw_setup(seed: u64, random: &mut Random) -> Setup {
 }
 
 fn draw_swarm(random: &mut Random, setup: &Setup, survives: Survives) -> Swarm {
-    let some = |random: &mut Random, percent: u64, value: u64| if random.percent(percent) { value } else { 0 };
+    let some =
+        |random: &mut Random, percent: u64, value: u64| if random.percent(percent) { value } else { 0 };
     Swarm {
-        errors: if survives.errors { some(random, 30, 40) } else { 0 },
+        errors: if survives.errors { some(random, 40, 50) } else { 0 },
         stalls: some(random, 20, 300),
         rot: survives.rot && random.percent(25),
         lies: survives.lies && random.percent(4),
