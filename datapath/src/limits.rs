@@ -21,6 +21,12 @@ pub const OPTION_BYTES_MAX: u32 = 8 << 10;
 pub const OPTION_SKIP_BYTES_MAX: u32 = 64 << 10;
 /// Longest string in the NBD protocol (names, queries).
 pub const NBD_STRING_BYTES_MAX: usize = 4096;
+/// Payload of a refused NBD write that is read and dropped to stay in step; a longer one ends the connection.
+pub const NBD_PAYLOAD_SKIP_BYTES_MAX: u32 = 64 << 20;
+/// Longest NBD read that is answered in one chunk on demand; clients may rely on 64 KiB.
+pub const NBD_UNFRAGMENTED_BYTES_MAX: u32 = PIECE_BYTES_MAX;
+/// A session that has produced this many bytes of answers by itself stops parsing until they are sent.
+pub const SESSION_OUTPUT_BYTES: usize = 16 << 10;
 /// Extents in one BLOCK_STATUS reply.
 pub const STATUS_EXTENTS_MAX: usize = 256;
 /// Longest volume name, in bytes.
@@ -57,5 +63,9 @@ const _: () = {
     // An option must hold the longest name or query, with room for the fields around it.
     assert!(OPTION_BYTES_MAX as usize >= NBD_STRING_BYTES_MAX + 64);
     assert!(OPTION_SKIP_BYTES_MAX >= OPTION_BYTES_MAX);
+    assert!(NBD_PAYLOAD_SKIP_BYTES_MAX >= REQUEST_PAYLOAD_BYTES_MAX);
+    assert!(
+        NBD_UNFRAGMENTED_BYTES_MAX >= 64 << 10 && NBD_UNFRAGMENTED_BYTES_MAX <= REQUEST_PAYLOAD_BYTES_MAX
+    );
     assert!(VOLUME_NAME_BYTES_MAX <= NBD_STRING_BYTES_MAX);
 };

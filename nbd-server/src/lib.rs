@@ -1,1 +1,13 @@
+//! The node process around the data path: what it listens on, how it is configured, how it stops, what it tells.
 
+pub mod listener;
+pub mod metrics;
+pub mod pools;
+pub mod serve;
+pub mod shards;
+pub mod size;
+pub mod stop;
+pub mod uri;
+pub mod volume_name;
+
+pub use serve::{ServeConfig, ServeError, serve};

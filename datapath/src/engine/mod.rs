@@ -1,3 +1,9 @@
 //! Floor 3: joins sessions and stores into a shard that takes one event at a time.
 
+mod export_table;
+mod output;
+pub mod pool_space;
 pub mod ports;
+mod region_locks;
+pub mod report;
+pub mod shard;

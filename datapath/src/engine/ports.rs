@@ -183,6 +183,8 @@ pub enum Effect {
 pub trait Engine {
     /// The memory that this engine's ranges point into.
     type Memory: Memory;
+    /// What the engine tells about itself, for metrics and tools.
+    type Report: Send + 'static;
     /// Take note of one event.
     fn handle_event(&mut self, now: Moment, event: Event);
     /// All events of this turn were handled: start what has gathered.
@@ -195,6 +197,10 @@ pub trait Engine {
     fn memory(&mut self) -> &mut Self::Memory;
     /// The pieces of the send under way on this connection, at most `SEND_PIECES_MAX`.
     fn send_pieces(&self, connection: ConnectionId) -> &[MemoryRange];
+    /// How things are. Called rarely; may allocate.
+    fn report(&self) -> Self::Report;
+    /// Has recovery been made safe, so that requests are taken?
+    fn is_open(&self) -> bool;
     /// After [`Event::Drain`]: is everything finished and safe on the devices?
     fn is_drained(&self) -> bool;
 }

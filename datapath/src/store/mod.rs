@@ -1,1 +1,14 @@
-//! placeholder
+//! Floor 2: the log-structured store of one pool, lane by lane.
+
+pub mod batch;
+pub mod bugs;
+pub mod checkpoint_body;
+mod fields;
+pub mod format;
+pub mod lane;
+pub mod layout;
+pub mod map;
+pub mod recovery;
+pub mod root;
+pub mod segment;
+pub mod slab;

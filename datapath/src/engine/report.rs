@@ -1,0 +1,106 @@
+//! What a shard tells about itself, for metrics and tools.
+
+use crate::session::nbd::Rejections;
+use crate::store::lane::LaneCounters;
+use hdrhistogram::Histogram;
+
+/// Operations that are counted apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OperationClass {
+    /// READ.
+    Read,
+    /// WRITE.
+    Write,
+    /// FLUSH.
+    Flush,
+    /// TRIM.
+    Trim,
+    /// WRITE_ZEROES.
+    WriteZeroes,
+    /// All others.
+    Other,
+}
+
+impl OperationClass {
+    /// All, with the names that metrics use.
+    pub const ALL: [(OperationClass, &'static str); 6] = [
+        (OperationClass::Read, "read"),
+        (OperationClass::Write, "write"),
+        (OperationClass::Flush, "flush"),
+        (OperationClass::Trim, "trim"),
+        (OperationClass::WriteZeroes, "write_zeroes"),
+        (OperationClass::Other, "other"),
+    ];
+
+    pub(super) fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// How one class of operations fared.
+#[derive(Clone, Debug)]
+pub struct OperationReport {
+    /// Requests answered.
+    pub requests: u64,
+    /// Of these, with an error.
+    pub errors: u64,
+    /// Bytes read, written or released.
+    pub bytes: u64,
+    /// From the whole request received to its reply queued, in microseconds, up to one minute.
+    pub latency_us: Histogram<u32>,
+}
+
+impl Default for OperationReport {
+    fn default() -> OperationReport {
+        let latency_us = Histogram::new_with_max(60_000_000, 2).expect("valid bounds");
+        OperationReport { requests: 0, errors: 0, bytes: 0, latency_us }
+    }
+}
+
+/// How one lane fares.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneReport {
+    /// What it counted.
+    pub counters: LaneCounters,
+    /// Leaves in memory.
+    pub leaves_resident: usize,
+    /// Leaves with unwritten changes.
+    pub leaves_dirty: usize,
+    /// Leaves that had to be loaded.
+    pub leaf_misses: u64,
+    /// Leaves dropped for want of room.
+    pub leaf_evictions: u64,
+    /// Segments ready to be written.
+    pub segments_free: u32,
+    /// Segments that belong to the lane.
+    pub segments_owned: u32,
+    /// Blocks that something refers to.
+    pub live_blocks: u64,
+    /// Blocks that can be alive at most.
+    pub capacity_blocks: u64,
+    /// Has a write or sync failed?
+    pub failed: bool,
+}
+
+/// How a shard fares.
+#[derive(Clone, Debug, Default)]
+pub struct ShardReport {
+    /// By [`OperationClass`].
+    pub operations: [OperationReport; 6],
+    /// The shard's lanes.
+    pub lanes: Vec<LaneReport>,
+    /// What sessions refused, by reason.
+    pub rejections: Rejections,
+    /// Connections refused because there were too many, in all or from one address.
+    pub connections_refused: u64,
+    /// Connections that did not finish their handshake in time.
+    pub handshakes_timed_out: u64,
+    /// Connections open now.
+    pub connections: u32,
+    /// Requests being worked on now.
+    pub requests_under_way: u32,
+    /// Memory pages free now, and in all.
+    pub pages_free: u32,
+    /// See above.
+    pub pages: u32,
+}

@@ -1,0 +1,359 @@
+//! Connections: from accept to close, and the bytes in between.
+
+use super::Shard;
+use super::payload::Payload;
+use crate::engine::output::{Output, SEND_PAGES};
+use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
+use crate::limits::{
+    BYTES_PER_CONNECTION_MAX, BYTES_PER_VOLUME_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKES_PER_ADDRESS_MAX,
+    REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX, REQUESTS_PER_VOLUME_MAX,
+};
+use crate::memory::Memory;
+use crate::request::ExportIndex;
+use crate::session::nbd::{Session, SessionConfig, Step};
+use crate::units::MemoryRange;
+
+/// How far a connection's end has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// Requests are read.
+    Not,
+    /// No more requests; what is under way is finished and its replies are sent.
+    Finishing,
+    /// The driver was told to close it.
+    Closing,
+}
+
+/// Received bytes that were not parsed yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Input {
+    pub(super) rest: MemoryRange,
+    buffer: ReceiveBuffer,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) generation: u64,
+    peer: PeerAddress,
+    pub(super) session: Session,
+    /// The volume, once chosen.
+    pub(super) export: Option<ExportIndex>,
+    pub(super) input: Option<Input>,
+    /// The payload of a write that is being received.
+    pub(super) payload: Option<Payload>,
+    receiving: bool,
+    pub(super) output: Output,
+    pub(super) ending: Ending,
+    pub(super) requests_under_way: u32,
+    pub(super) bytes_under_way: u32,
+    /// Waits in line for a limit.
+    pub(super) stalled: bool,
+}
+
+impl<M: Memory> Shard<M> {
+    pub(super) fn accept(&mut self, id: ConnectionId, peer: PeerAddress) {
+        assert!(self.connections[id.0 as usize].is_none(), "{id:?} is in use");
+        let in_handshake =
+            |connection: &&Box<Connection>| connection.peer == peer && connection.export.is_none();
+        let handshakes = self.connections.iter().flatten().filter(in_handshake).count();
+        let room = handshakes < HANDSHAKES_PER_ADDRESS_MAX as usize && !self.draining;
+        let memory = if room { self.allocate(SEND_PAGES) } else { None };
+        let Some(memory) = memory else {
+            self.connections_refused += 1;
+            self.effects.push_back(Effect::Close { connection: id });
+            return;
+        };
+        self.generation += 1;
+        let session = Session::new(SessionConfig { read_only: self.read_only });
+        let mut output = Output::new(memory);
+        output.append(|out| session.greeting(out));
+        self.connections[id.0 as usize] = Some(Box::new(Connection {
+            generation: self.generation,
+            peer,
+            session,
+            export: None,
+            input: None,
+            payload: None,
+            receiving: false,
+            output,
+            ending: Ending::Not,
+            requests_under_way: 0,
+            bytes_under_way: 0,
+            stalled: false,
+        }));
+        self.deadlines.push_back((self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.generation));
+        self.to_send.push(id);
+        self.ready.push_back(id);
+    }
+
+    /// The connection, unless it is being closed.
+    pub(super) fn living(&mut self, id: ConnectionId) -> Option<&mut Connection> {
+        self.connections[id.0 as usize]
+            .as_deref_mut()
+            .filter(|connection| connection.ending != Ending::Closing)
+    }
+
+    pub(super) fn received(&mut self, id: ConnectionId, memory: MemoryRange, buffer: ReceiveBuffer) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a receive under way");
+        connection.receiving = false;
+        if connection.ending != Ending::Not {
+            self.effects.push_back(Effect::Recycle { buffer });
+            return self.settle(id);
+        }
+        assert!(connection.input.is_none(), "one receive at a time");
+        connection.input = Some(Input { rest: memory, buffer });
+        self.pump(id);
+    }
+
+    pub(super) fn received_exact(&mut self, id: ConnectionId) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a receive under way");
+        connection.receiving = false;
+        if connection.ending == Ending::Closing {
+            return self.drop_payload(id);
+        }
+        self.payload_arrived(id);
+        self.pump(id);
+    }
+
+    pub(super) fn receive_ended(&mut self, id: ConnectionId) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a receive under way");
+        connection.receiving = false;
+        if connection.ending == Ending::Closing {
+            return self.drop_payload(id);
+        }
+        self.close(id);
+    }
+
+    pub(super) fn sent(&mut self, id: ConnectionId, good: bool) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a send under way");
+        for pages in connection.output.finish_send() {
+            connection.bytes_under_way -= pages.len;
+            if let Some(export) = connection.export {
+                self.served[export.0 as usize].bytes_under_way -= pages.len;
+            }
+            self.pages.release(pages);
+        }
+        if !good {
+            return self.close(id);
+        }
+        self.to_send.push(id);
+        self.settle(id);
+    }
+
+    /// The driver is done with the connection.
+    pub(super) fn closed(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections[id.0 as usize].take() else { return };
+        assert!(!connection.output.is_sending() && !connection.receiving, "{id:?} closed with buffers lent");
+        self.rejections.add(connection.session.rejections());
+        self.pages.release(connection.output.send_memory());
+    }
+
+    /// Parses and starts requests until bytes, limits or the turn's share are used up.
+    pub(super) fn pump(&mut self, id: ConnectionId) {
+        let mut budget = REQUESTS_PER_TURN_MAX;
+        loop {
+            let (opened, draining) = (self.opened, self.draining);
+            let Some(connection) = self.living(id) else { return };
+            if connection.ending != Ending::Not || connection.stalled {
+                return;
+            }
+            if connection.payload.is_some() {
+                if !self.feed_payload(id) {
+                    return;
+                }
+                continue;
+            }
+            if draining {
+                return self.finish(id);
+            }
+            if connection.export.is_some() && !opened {
+                return;
+            }
+            if !self.may_take_request(id) {
+                return self.stall(id);
+            }
+            if budget == 0 {
+                self.ready.push_back(id);
+                return;
+            }
+            budget -= 1;
+            if !self.parse(id) {
+                return;
+            }
+        }
+    }
+
+    /// One step of the session. False if it cannot go on now.
+    fn parse(&mut self, id: ConnectionId) -> bool {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
+        let empty = MemoryRange::default();
+        let rest = connection.input.map_or(empty, |input| input.rest);
+        let bytes = self.memory.bytes(rest);
+        let (session, exports) = (&mut connection.session, &self.exports);
+        let before = connection.output.is_empty();
+        let (consumed, step) = connection.output.append(|out| session.advance(bytes, exports, out));
+        if before && !connection.output.is_empty() {
+            self.to_send.push(id);
+        }
+        self.consume(id, u32::try_from(consumed).expect("at most a buffer"));
+        match step {
+            Step::NeedMore => {
+                self.receive(id);
+                false
+            }
+            Step::OutputFull => {
+                self.stall(id);
+                false
+            }
+            Step::Selected(export) => {
+                self.connections[id.0 as usize].as_deref_mut().expect("a living connection").export =
+                    Some(export);
+                self.opened
+            }
+            Step::Request(request) => {
+                self.begin_request(id, request);
+                true
+            }
+            Step::Close(_) => {
+                self.finish(id);
+                false
+            }
+        }
+    }
+
+    /// Takes bytes from the front of the input; an empty buffer goes back to the driver.
+    pub(super) fn consume(&mut self, id: ConnectionId, bytes: u32) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
+        let Some(input) = &mut connection.input else {
+            assert_eq!(bytes, 0);
+            return;
+        };
+        input.rest = input.rest.part(bytes, input.rest.len - bytes);
+        if input.rest.len == 0 {
+            self.effects.push_back(Effect::Recycle { buffer: input.buffer });
+            connection.input = None;
+        }
+    }
+
+    pub(super) fn receive(&mut self, id: ConnectionId) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
+        if !connection.receiving {
+            connection.receiving = true;
+            self.effects.push_back(Effect::Receive { connection: id });
+        }
+    }
+
+    pub(super) fn receive_exact(&mut self, id: ConnectionId, memory: MemoryRange) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
+        assert!(!connection.receiving);
+        connection.receiving = true;
+        self.effects.push_back(Effect::ReceiveExact { connection: id, memory });
+    }
+
+    /// May one more request of this connection be worked on?
+    fn may_take_request(&self, id: ConnectionId) -> bool {
+        let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
+        let volume_has_room = connection.export.is_none_or(|export| {
+            let served = &self.served[export.0 as usize];
+            served.requests_under_way < REQUESTS_PER_VOLUME_MAX
+                && served.bytes_under_way < BYTES_PER_VOLUME_MAX
+        });
+        volume_has_room
+            && connection.requests_under_way < REQUESTS_PER_CONNECTION_MAX
+            && connection.bytes_under_way < BYTES_PER_CONNECTION_MAX
+            && !connection.output.is_backlogged()
+    }
+
+    /// Looks at the connection again in the next turn in which anything happens.
+    pub(super) fn stall(&mut self, id: ConnectionId) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
+        if !std::mem::replace(&mut connection.stalled, true) {
+            self.stalled.push_back(id);
+        }
+    }
+
+    /// No more requests: finish what is under way, send it, then close.
+    pub(super) fn finish(&mut self, id: ConnectionId) {
+        let Some(connection) = self.living(id) else { return };
+        connection.ending = Ending::Finishing;
+        self.drop_input(id);
+        self.settle(id);
+    }
+
+    /// Closes a finishing connection that has nothing left to do.
+    pub(super) fn settle(&mut self, id: ConnectionId) {
+        let Some(connection) = self.living(id) else { return };
+        let done = connection.requests_under_way == 0 && connection.output.is_empty();
+        if connection.ending == Ending::Finishing && done {
+            self.close(id);
+        }
+    }
+
+    /// Closes at once. What was taken is finished, but nobody will be told.
+    pub(super) fn close(&mut self, id: ConnectionId) {
+        let Some(connection) = self.living(id) else { return };
+        connection.ending = Ending::Closing;
+        let dropped = connection.output.abandon();
+        let freed: u32 = dropped.iter().map(|pages| pages.len).sum();
+        connection.bytes_under_way -= freed;
+        if let Some(export) = connection.export {
+            self.served[export.0 as usize].bytes_under_way -= freed;
+        }
+        dropped.into_iter().for_each(|pages| self.pages.release(pages));
+        self.drop_input(id);
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("looked at above");
+        if !connection.receiving {
+            self.drop_payload(id);
+        }
+        self.effects.push_back(Effect::Close { connection: id });
+    }
+
+    fn drop_input(&mut self, id: ConnectionId) {
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a connection");
+        if let Some(input) = connection.input.take() {
+            self.effects.push_back(Effect::Recycle { buffer: input.buffer });
+        }
+    }
+
+    pub(super) fn expire_handshakes(&mut self) {
+        while let Some((moment, id, generation)) = self.deadlines.front().copied() {
+            let connection = self.connections[id.0 as usize].as_deref();
+            let waits = connection.is_some_and(|connection| {
+                connection.generation == generation
+                    && connection.export.is_none()
+                    && connection.ending != Ending::Closing
+            });
+            if waits && moment > self.now {
+                return;
+            }
+            self.deadlines.pop_front();
+            if waits {
+                self.handshakes_timed_out += 1;
+                self.close(id);
+            }
+        }
+    }
+
+    pub(super) fn start_sends(&mut self) {
+        while let Some(id) = self.to_send.pop() {
+            let Some(connection) = self.connections[id.0 as usize].as_deref_mut() else { continue };
+            if connection.ending != Ending::Closing && connection.output.begin_send(&mut self.memory) {
+                self.effects.push_back(Effect::Send { connection: id });
+            }
+        }
+    }
+
+    pub(super) fn drain(&mut self) {
+        self.draining = true;
+        for index in 0..self.connections.len() {
+            let id = ConnectionId(u32::try_from(index).expect("bounded by limits"));
+            let Some(connection) = self.living(id) else { continue };
+            connection.session.begin_shutdown();
+            if connection.payload.is_none() {
+                self.finish(id);
+            }
+        }
+        self.lanes.iter_mut().for_each(|shard_lane| shard_lane.lane.request_checkpoint());
+    }
+}

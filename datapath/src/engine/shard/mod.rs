@@ -1,0 +1,360 @@
+//! A shard: the connections, requests and lanes of one thread.
+//!
+//! ```text
+//!   bytes ─▶ session ─▶ request = task ─▶ pieces ─▶ lane ─▶ completion ─▶ reply ─▶ output ─▶ bytes
+//! ```
+//!
+//! A task is one request of a client. It is worked on in pieces of at most 1 MiB, and every piece is known to its lane
+//! by its number here. Tasks outlive their connection: a write that was taken is finished though nobody hears of it.
+
+mod connection;
+mod payload;
+mod read;
+mod release;
+mod status;
+mod task;
+mod write;
+
+use super::export_table::ExportTable;
+use super::pool_space::PoolSpace;
+use super::ports::{ConnectionId, DeviceError, DeviceIndex, Effect, Engine, Event, Token};
+use super::region_locks::RegionLocks;
+use super::report::{LaneReport, OperationReport, ShardReport};
+use crate::limits::CONNECTIONS_MAX;
+use crate::memory::{Memory, Pages};
+use crate::session::nbd::Rejections;
+use crate::store::lane::{Context, DiskEffect, DiskToken, Lane};
+use crate::store::slab::Slab;
+use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
+use connection::Connection;
+use std::collections::VecDeque;
+use task::{Piece, Task};
+
+/// A pool as a shard takes it over.
+#[derive(Debug)]
+pub struct ShardPool {
+    /// The driver's number for it.
+    pub device: DeviceIndex,
+    /// The lanes that this shard runs.
+    pub lanes: Vec<Lane>,
+    /// The segments that no lane owns.
+    pub space: PoolSpace,
+}
+
+#[derive(Debug)]
+struct ShardLane {
+    lane: Lane,
+    pool: usize,
+    device: DeviceIndex,
+}
+
+#[derive(Debug)]
+struct Served {
+    lane: usize,
+    /// Position of the volume in its lane.
+    volume: u32,
+    locks: RegionLocks,
+    requests_under_way: u32,
+    bytes_under_way: u32,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Shard<M> {
+    now: Moment,
+    memory: M,
+    pages: Pages,
+    lanes: Vec<ShardLane>,
+    spaces: Vec<PoolSpace>,
+    exports: ExportTable,
+    served: Vec<Served>,
+    read_only: bool,
+    connections: Vec<Option<Box<Connection>>>,
+    /// Counts connections, so that a task knows whether its own is still there.
+    generation: u64,
+    tasks: Slab<Task>,
+    pieces: Slab<Piece>,
+    effects: VecDeque<Effect>,
+    /// Connections to look at again in this turn.
+    ready: VecDeque<ConnectionId>,
+    /// Connections that wait for a limit.
+    stalled: VecDeque<ConnectionId>,
+    /// Tasks that wait for memory, or for their next turn.
+    waiting_tasks: VecDeque<u32>,
+    /// Connections with something to send.
+    to_send: Vec<ConnectionId>,
+    /// Handshake deadlines, in order.
+    deadlines: VecDeque<(Moment, ConnectionId, u64)>,
+    draining: bool,
+    opened: bool,
+    operations: [OperationReport; 6],
+    rejections: Rejections,
+    connections_refused: u64,
+    handshakes_timed_out: u64,
+}
+
+/// Pages that requests leave free for what must go on whatever they do.
+const PAGES_KEPT: u32 = 64;
+
+impl<M: Memory> Shard<M> {
+    /// A shard that serves all volumes of its lanes. `free` is the part of the memory that is the engine's; what
+    /// the lanes took for themselves is already gone from `pages`.
+    ///
+    /// # Panics
+    /// If two volumes have one name.
+    #[must_use]
+    pub fn new(memory: M, pages: Pages, pools: Vec<ShardPool>, read_only: bool) -> Shard<M> {
+        let (mut lanes, mut spaces) = (Vec::new(), Vec::new());
+        let (mut exports, mut served) = (ExportTable::default(), Vec::new());
+        for pool in pools {
+            for lane in pool.lanes {
+                for (volume, known) in (0..).zip(lane.volumes()) {
+                    exports.add(known.record.name.clone(), known.size_blocks() * BLOCK_BYTES_U64, read_only);
+                    served.push(Served {
+                        lane: lanes.len(),
+                        volume,
+                        locks: RegionLocks::default(),
+                        requests_under_way: 0,
+                        bytes_under_way: 0,
+                    });
+                }
+                lanes.push(ShardLane { lane, pool: spaces.len(), device: pool.device });
+            }
+            spaces.push(pool.space);
+        }
+        assert!(lanes.len() < 256, "tokens have room for 255 lanes");
+        Shard {
+            now: Moment::default(),
+            memory,
+            pages,
+            lanes,
+            spaces,
+            exports,
+            served,
+            read_only,
+            connections: (0..CONNECTIONS_MAX).map(|_| None).collect(),
+            generation: 0,
+            tasks: Slab::default(),
+            pieces: Slab::default(),
+            effects: VecDeque::new(),
+            ready: VecDeque::new(),
+            stalled: VecDeque::new(),
+            waiting_tasks: VecDeque::new(),
+            to_send: Vec::new(),
+            deadlines: VecDeque::new(),
+            draining: false,
+            opened: false,
+            operations: Default::default(),
+            rejections: Rejections::default(),
+            connections_refused: 0,
+            handshakes_timed_out: 0,
+        }
+    }
+
+    /// The lanes, for checks.
+    pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        self.lanes.iter().map(|shard_lane| &shard_lane.lane)
+    }
+
+    /// Calls `work` with a lane and the memory that it needs.
+    fn with_lane<R>(&mut self, lane: usize, work: impl FnOnce(&mut Lane, &mut Context<'_, M>) -> R) -> R {
+        let mut context = Context { memory: &mut self.memory, pages: &mut self.pages };
+        work(&mut self.lanes[lane].lane, &mut context)
+    }
+
+    /// Memory for a client's request, if enough is left for what must go on.
+    fn allocate(&mut self, pages: u32) -> Option<MemoryRange> {
+        if self.pages.free_count() < pages + PAGES_KEPT {
+            return None;
+        }
+        self.pages.allocate(pages)
+    }
+
+    fn finish_device_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
+        let lane = (token.0 >> 24) as usize;
+        let token = DiskToken(token.0 & 0x00ff_ffff);
+        self.with_lane(lane, |lane, context| lane.handle_disk(context, token, result.is_ok()));
+        self.take_completions(lane);
+    }
+
+    fn take_completions(&mut self, lane: usize) {
+        while let Some(completion) = self.lanes[lane].lane.poll_completion() {
+            self.finish_piece(&completion);
+        }
+    }
+
+    fn take_effects(&mut self, index: usize) {
+        let ShardLane { lane, device, .. } = &mut self.lanes[index];
+        let device = *device;
+        let token = |token: DiskToken| {
+            assert!(token.0 < 1 << 24, "more device operations than tokens");
+            Token(u32::try_from(index).expect("few lanes") << 24 | token.0)
+        };
+        while let Some(effect) = lane.poll_effect() {
+            self.effects.push_back(match effect {
+                DiskEffect::Read { token: of, place, memory } => Effect::DeviceRead {
+                    token: token(of),
+                    device,
+                    offset_bytes: place.offset_bytes(),
+                    memory,
+                },
+                DiskEffect::Write { token: of, place, memory } => Effect::DeviceWrite {
+                    token: token(of),
+                    device,
+                    offset_bytes: place.offset_bytes(),
+                    memory,
+                    durable: false,
+                },
+                DiskEffect::Sync { token: of } => Effect::DeviceSync { token: token(of), device },
+            });
+        }
+    }
+
+    fn upkeep_lane(&mut self, index: usize) {
+        self.lend_segments(index);
+        self.with_lane(index, Lane::upkeep);
+        self.take_completions(index);
+    }
+
+    fn lend_segments(&mut self, index: usize) {
+        let ShardLane { lane, pool, .. } = &mut self.lanes[index];
+        let space = &mut self.spaces[*pool];
+        // A lane without volumes needs no more than its checkpoints do.
+        let wanted = lane.segments_wanted();
+        for _ in 0..wanted {
+            let Some((segment, pristine)) = space.lend() else { break };
+            lane.lend(segment, pristine);
+        }
+        lane.set_pool_free(space.free_count());
+    }
+
+    /// Looks at connections and tasks that could not go on before.
+    fn resume(&mut self) {
+        for _ in 0..self.waiting_tasks.len() {
+            let task = self.waiting_tasks.pop_front().expect("counted");
+            self.advance_task(task);
+        }
+        for _ in 0..self.stalled.len() {
+            let connection = self.stalled.pop_front().expect("counted");
+            if let Some(connection) = &mut self.connections[connection.0 as usize] {
+                connection.stalled = false;
+            }
+            self.ready.push_back(connection);
+        }
+        for _ in 0..self.ready.len() {
+            let connection = self.ready.pop_front().expect("counted");
+            self.pump(connection);
+        }
+    }
+
+    fn open_when_ready(&mut self) {
+        if !self.opened && self.lanes.iter().all(|shard_lane| shard_lane.lane.is_open()) {
+            self.opened = true;
+            let waiting = (0..CONNECTIONS_MAX).map(ConnectionId);
+            self.ready.extend(waiting.filter(|id| self.connections[id.0 as usize].is_some()));
+        }
+    }
+}
+
+impl<M: Memory> Engine for Shard<M> {
+    type Memory = M;
+    type Report = ShardReport;
+
+    fn handle_event(&mut self, now: Moment, event: Event) {
+        self.now = now;
+        match event {
+            Event::Accepted { connection, peer } => self.accept(connection, peer),
+            Event::Received { connection, memory, buffer } => self.received(connection, memory, buffer),
+            Event::ReceivedExact { connection } => self.received_exact(connection),
+            Event::ReceiveEnded { connection } => self.receive_ended(connection),
+            Event::Sent { connection } => self.sent(connection, true),
+            Event::SendFailed { connection } => self.sent(connection, false),
+            Event::Closed { connection } => self.closed(connection),
+            Event::DeviceDone { token, result } => self.finish_device_operation(token, result),
+            Event::Timeout => {}
+            Event::Drain => self.drain(),
+        }
+    }
+
+    fn finish_turn(&mut self, now: Moment) {
+        self.now = now;
+        self.expire_handshakes();
+        self.open_when_ready();
+        self.resume();
+        for lane in 0..self.lanes.len() {
+            self.upkeep_lane(lane);
+            self.take_effects(lane);
+        }
+        self.start_sends();
+    }
+
+    fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<Moment> {
+        let busy = !self.ready.is_empty() || self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
+        if busy {
+            return Some(self.now);
+        }
+        self.deadlines.front().map(|(moment, ..)| *moment)
+    }
+
+    fn memory(&mut self) -> &mut M {
+        &mut self.memory
+    }
+
+    fn send_pieces(&self, connection: ConnectionId) -> &[MemoryRange] {
+        let connection = self.connections[connection.0 as usize].as_ref().expect("a send under way");
+        connection.output.pieces()
+    }
+
+    fn is_open(&self) -> bool {
+        self.opened
+    }
+
+    fn is_drained(&self) -> bool {
+        self.draining
+            && self.tasks.is_empty()
+            && self.connections.iter().all(Option::is_none)
+            && self
+                .lanes
+                .iter()
+                .all(|shard_lane| shard_lane.lane.is_settled() || shard_lane.lane.has_failed())
+    }
+
+    fn report(&self) -> ShardReport {
+        let lane = |shard_lane: &ShardLane| {
+            let (lane, segments) = (&shard_lane.lane, shard_lane.lane.segments());
+            LaneReport {
+                counters: lane.counters(),
+                leaves_resident: lane.map().resident_count(),
+                leaves_dirty: lane.map().dirty_count(),
+                leaf_misses: lane.map().misses,
+                leaf_evictions: lane.map().evictions,
+                segments_free: segments.free_count(),
+                segments_owned: segments.owned_count(),
+                live_blocks: segments.live_total(),
+                capacity_blocks: lane.capacity_blocks(),
+                failed: lane.has_failed(),
+            }
+        };
+        let mut rejections = self.rejections.clone();
+        self.connections
+            .iter()
+            .flatten()
+            .for_each(|connection| rejections.add(connection.session.rejections()));
+        let count = |length: usize| u32::try_from(length).expect("bounded by limits");
+        ShardReport {
+            operations: self.operations.clone(),
+            lanes: self.lanes.iter().map(lane).collect(),
+            rejections,
+            connections_refused: self.connections_refused,
+            handshakes_timed_out: self.handshakes_timed_out,
+            connections: count(self.connections.iter().flatten().count()),
+            requests_under_way: count(self.tasks.len()),
+            pages_free: self.pages.free_count(),
+            pages: self.pages.count(),
+        }
+    }
+}

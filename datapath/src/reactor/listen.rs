@@ -1,0 +1,115 @@
+//! Accepting connections.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::opcode;
+use nix::sys::socket::{SockaddrLike, SockaddrStorage, getpeername, setsockopt, sockopt};
+
+use super::features::Feature;
+use super::inflight::Ticket;
+use super::memory::Arena;
+use super::ring::Target;
+use super::{Operation, Reactor};
+use crate::engine::ports::{Engine, PeerAddress};
+
+/// After an error that will not pass by itself at once (no files, no memory), the next attempt waits this long.
+const ACCEPT_RETRY_MS: u64 = 100;
+
+/// A listening socket of this reactor; others may listen on the same one.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) socket: Arc<OwnedFd>,
+    pub(super) accepting: Option<Ticket>,
+}
+
+impl<E: Engine<Memory = Arena>> Reactor<E> {
+    /// Has every listener accept that does not.
+    pub(super) fn start_accepting(&mut self) {
+        self.accept_retry_at = None;
+        for index in 0..self.listeners.len() {
+            if self.listeners[index].accepting.is_none() {
+                self.start_accept(index);
+            }
+        }
+    }
+
+    fn start_accept(&mut self, listener: usize) {
+        let fd = Target::plain(&*self.listeners[listener].socket).fd();
+        let entry = if self.ring.features().has(Feature::MultishotAccept) {
+            opcode::AcceptMulti::new(fd).flags(libc::SOCK_CLOEXEC).build()
+        } else {
+            let (address, length) = (std::ptr::null_mut(), std::ptr::null_mut());
+            opcode::Accept::new(fd, address, length).flags(libc::SOCK_CLOEXEC).build()
+        };
+        let ticket = self.submit(Operation::Accept { listener }, entry);
+        self.listeners[listener].accepting = Some(ticket);
+    }
+
+    /// Ends accepting for good; what comes in meanwhile is closed at once.
+    pub(super) fn stop_accepting(&mut self) {
+        self.accept_retry_at = None;
+        for index in 0..self.listeners.len() {
+            if let Some(ticket) = self.listeners[index].accepting {
+                self.cancel(ticket);
+            }
+        }
+    }
+
+    /// A connection came in, or accepting failed. `more`: the submission goes on accepting.
+    pub(super) fn complete_accept(&mut self, listener: usize, result: i32, more: bool) {
+        if !more {
+            self.listeners[listener].accepting = None;
+        }
+        if result >= 0 {
+            // SAFETY: the kernel made this descriptor for us just now; nobody else knows it.
+            let socket = unsafe { OwnedFd::from_raw_fd(result as RawFd) };
+            match peer_address(&socket) {
+                Some(peer) if self.is_accepting() => self.admit(socket, peer),
+                // Gone already, or too late.
+                _ => drop(socket),
+            }
+        }
+        if more || !self.is_accepting() {
+            return;
+        }
+        match -result {
+            // Connections that broke before they were accepted say nothing about the next one.
+            error
+                if error <= 0
+                    || matches!(error, libc::ECONNABORTED | libc::EINTR | libc::EAGAIN | libc::EPROTO) =>
+            {
+                self.start_accept(listener);
+            }
+            _ => {
+                self.counters.accept_failures += 1;
+                self.accept_retry_at = Some(self.now.after_ms(ACCEPT_RETRY_MS));
+            }
+        }
+    }
+
+    /// Gives a connected socket an id and tells the engine; closes it if there are too many.
+    pub(super) fn admit(&mut self, socket: OwnedFd, peer: PeerAddress) {
+        if matches!(peer, PeerAddress::Internet(_)) {
+            // Replies are sent whole; waiting for more bytes would only delay them.
+            let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
+        }
+        if self.open_connection(socket, peer) {
+            self.counters.accepted += 1;
+        } else {
+            self.counters.refused += 1;
+        }
+    }
+}
+
+/// None if the peer is gone already.
+fn peer_address(socket: &OwnedFd) -> Option<PeerAddress> {
+    let address: SockaddrStorage = getpeername(socket.as_raw_fd()).ok()?;
+    if let Some(address) = address.as_sockaddr_in() {
+        return Some(PeerAddress::Internet(address.ip().to_ipv6_mapped()));
+    }
+    if let Some(address) = address.as_sockaddr_in6() {
+        return Some(PeerAddress::Internet(address.ip()));
+    }
+    (address.family() == Some(nix::sys::socket::AddressFamily::Unix)).then_some(PeerAddress::Unix)
+}

@@ -1,0 +1,506 @@
+//! Appending: entries gather in open batches, batches go to the device, and take effect in order.
+
+use super::stream::{Batch, BatchMemory, OpenBatch, Position, Record, Stream, StreamKind};
+use super::{
+    AckPolicy, BATCH_BUFFER_PAGES, BATCH_BUFFERS_KEPT, Context, DiskEffect, Lane, Operation, OwnedPayload,
+};
+use crate::checksum::crc32c;
+use crate::memory::Memory;
+use crate::request::RequestError;
+use crate::store::batch::{BatchHeader, DescriptorWriter, Entry, EntryKind, own_entries};
+use crate::store::bugs::PlantedBug;
+use crate::store::layout::Place;
+use crate::store::map::{LEAF_BLOCKS, Mapping};
+use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
+
+/// Batches of clients that are being written before smaller ones begin to gather. Two keep the device busy
+/// while the next one fills; more would only make batches smaller and descriptors more.
+const CLIENT_BATCHES_WRITING: usize = 2;
+
+impl Lane {
+    /// Adds an entry to the stream's open batch, copying its payload. False, with nothing changed, if there is no
+    /// buffer or no segment for it now. `frames` of the record are pinned until the entry takes effect.
+    pub(super) fn append_small<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        kind: StreamKind,
+        entry: &Entry,
+        payload: Option<MemoryRange>,
+        record: Record,
+    ) -> bool {
+        let blocks = if entry.kind.has_payload() { entry.count } else { 0 };
+        if let Some(open) = &self.streams[kind.index()].open {
+            let full =
+                !open.writer.has_room(blocks) || open.writer.payload_blocks() + blocks > open.capacity_blocks;
+            if full {
+                self.seal(context, kind, false);
+            }
+        }
+        if self.streams[kind.index()].open.is_none() && !self.open_batch(kind, entry.kind, blocks) {
+            return false;
+        }
+        let open = self.streams[kind.index()].open.as_mut().expect("just opened");
+        let mut checksums = [0_u32; 128];
+        if let Some(payload) = payload {
+            let to = open.memory.part((1 + open.writer.payload_blocks()) * BLOCK_BYTES, blocks * BLOCK_BYTES);
+            context.memory.copy(payload, to);
+            fill_checksums(context.memory.bytes(to), &mut checksums);
+        }
+        let descriptor = context.memory.bytes_mut(open.memory.part(0, BLOCK_BYTES));
+        open.writer.push(descriptor, entry, checksums[..blocks as usize].iter().copied());
+        open.records.push(record);
+        true
+    }
+
+    /// Writes a run of blocks as a batch of its own, without copying: the descriptor goes into the page in front
+    /// of the payload. At the end of a segment it is cut in two that only take effect together.
+    pub(super) fn append_owned<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        entry: &Entry,
+        payload: OwnedPayload,
+        record: Record,
+    ) -> bool {
+        let kind = StreamKind::Client;
+        if self.streams[kind.index()].open.is_some() {
+            self.seal(context, kind, false);
+        }
+        let left = self.blocks_left(kind);
+        if left > entry.count {
+            self.write_run(context, entry, payload, record);
+            return true;
+        }
+        if !self.can_advance(kind, entry.kind) {
+            return false;
+        }
+        let page = if left >= 2 { context.pages.allocate(1) } else { None };
+        let Some(page) = page else {
+            self.advance_segment(kind);
+            self.write_run(context, entry, payload, record);
+            return true;
+        };
+        self.write_run_in_two(context, entry, payload, page, left - 1, record);
+        true
+    }
+
+    fn write_run<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        entry: &Entry,
+        payload: OwnedPayload,
+        record: Record,
+    ) {
+        let mut checksums = [0_u32; 256];
+        fill_checksums(context.memory.bytes(payload.blocks()), &mut checksums);
+        let descriptor = payload.whole.part(0, BLOCK_BYTES);
+        let mut writer = DescriptorWriter::new();
+        let block = context.memory.bytes_mut(descriptor);
+        writer.push(block, entry, checksums[..entry.count as usize].iter().copied());
+        let records = self.records_with(record);
+        let memory = BatchMemory::Pages(payload.whole);
+        self.submit(
+            context,
+            StreamKind::Client,
+            writer,
+            descriptor,
+            &[payload.whole],
+            memory,
+            records,
+            false,
+        );
+    }
+
+    fn write_run_in_two<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        entry: &Entry,
+        payload: OwnedPayload,
+        page: MemoryRange,
+        first_blocks: u32,
+        record: Record,
+    ) {
+        let mut checksums = [0_u32; 256];
+        fill_checksums(context.memory.bytes(payload.blocks()), &mut checksums);
+        let (head, tail) = checksums[..entry.count as usize].split_at(first_blocks as usize);
+        let first = Entry { count: first_blocks, ..*entry };
+        let rest = Entry { block: entry.block + first_blocks, count: entry.count - first_blocks, ..*entry };
+
+        let front = payload.whole.part(0, (1 + first_blocks) * BLOCK_BYTES);
+        let mut writer = DescriptorWriter::new();
+        writer.push(context.memory.bytes_mut(front.part(0, BLOCK_BYTES)), &first, head.iter().copied());
+        self.pin_again(&record);
+        let records = self.records_with(Record { cookie: None, durable: false, new_blocks: 0, ..record });
+        let descriptor = front.part(0, BLOCK_BYTES);
+        self.submit(
+            context,
+            StreamKind::Client,
+            writer,
+            descriptor,
+            &[front],
+            BatchMemory::Later,
+            records,
+            true,
+        );
+
+        self.advance_segment(StreamKind::Client);
+        let back = payload.whole.part(front.len, payload.whole.len - front.len);
+        let mut writer = DescriptorWriter::new();
+        writer.push(context.memory.bytes_mut(page), &rest, tail.iter().copied());
+        let records = self.records_with(record);
+        let memory = BatchMemory::TwoPages(payload.whole, page);
+        self.submit(context, StreamKind::Client, writer, page, &[page, back], memory, records, false);
+    }
+
+    fn records_with(&mut self, record: Record) -> Vec<Record> {
+        let mut records = self.record_vectors.pop().unwrap_or_default();
+        records.push(record);
+        records
+    }
+
+    fn pin_again(&mut self, record: &Record) {
+        record.frames.iter().flatten().for_each(|frame| self.map.pin(*frame));
+    }
+
+    /// Starts writing the open batch of a stream.
+    pub(super) fn seal<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        kind: StreamKind,
+        continues: bool,
+    ) {
+        let open = self.streams[kind.index()].open.take().expect("an open batch");
+        let used = open.memory.part(0, (1 + open.writer.payload_blocks()) * BLOCK_BYTES);
+        let descriptor = open.memory.part(0, BLOCK_BYTES);
+        let memory = BatchMemory::Buffer(open.memory);
+        self.submit(context, kind, open.writer, descriptor, &[used], memory, open.records, continues);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the one place where a batch comes into being")]
+    fn submit<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        kind: StreamKind,
+        writer: DescriptorWriter,
+        descriptor: MemoryRange,
+        pieces: &[MemoryRange],
+        memory: BatchMemory,
+        records: Vec<Record>,
+        continues: bool,
+    ) {
+        self.last_number += 1;
+        let number = self.last_number;
+        let stream = &mut self.streams[kind.index()];
+        let position = stream.position.expect("an open stream");
+        let header = BatchHeader {
+            lane: u16::try_from(self.config.lane).expect("few lanes"),
+            stream: kind.code(),
+            continues,
+            mount: self.mount,
+            generation: position.generation,
+            number,
+            flushed: stream.flushed_through,
+            chain: stream.chain,
+            next_segment: position.next_segment,
+        };
+        let crc = writer.finish(context.memory.bytes_mut(descriptor), &header);
+        stream.chain = crc;
+        let blocks = 1 + writer.payload_blocks();
+        let place = self.config.layout.place(position.segment, position.block);
+        stream.position = Some(Position { block: position.block + blocks, ..position });
+        assert!(position.block + blocks <= self.config.layout.segment_blocks, "a batch fits its segment");
+        stream.under_way.push_back(Batch {
+            number,
+            crc,
+            position,
+            payload: place.plus(1),
+            descriptor,
+            memory,
+            writes_left: u8::try_from(pieces.len()).expect("one or two"),
+            continues,
+            records,
+        });
+        self.segments.begin_batch(position.segment, number);
+        self.counters.batches += 1;
+        self.counters.device_blocks_written += u64::from(blocks);
+        let mut at = place;
+        for piece in pieces {
+            let (place, memory) = (at, *piece);
+            self.start(Operation::Batch { stream: kind, number }, |token| DiskEffect::Write {
+                token,
+                place,
+                memory,
+            });
+            at = at.plus(piece.len / BLOCK_BYTES);
+        }
+    }
+
+    /// Starts writing what has gathered, unless enough is being written already.
+    pub(super) fn seal_gathered<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        let stream = &self.streams[StreamKind::Client.index()];
+        if stream.open.is_some() && stream.writing_count() < CLIENT_BATCHES_WRITING {
+            self.seal(context, StreamKind::Client, false);
+        }
+    }
+
+    pub(super) fn open_batch(&mut self, kind: StreamKind, entry: EntryKind, blocks: u32) -> bool {
+        let kept = if kind == StreamKind::Client { BATCH_BUFFERS_KEPT } else { 0 };
+        if self.batch_buffers.len() <= kept {
+            return false;
+        }
+        if self.blocks_left(kind) < 1 + blocks {
+            if !self.can_advance(kind, entry) {
+                return false;
+            }
+            self.advance_segment(kind);
+        }
+        let capacity_blocks = (self.blocks_left(kind) - 1).min(BATCH_BUFFER_PAGES - 1);
+        let memory = self.batch_buffers.pop().expect("counted above");
+        let records = self.record_vectors.pop().unwrap_or_default();
+        self.streams[kind.index()].open =
+            Some(OpenBatch { memory, writer: DescriptorWriter::new(), capacity_blocks, records });
+        true
+    }
+
+    /// Blocks left in the stream's segment.
+    pub(super) fn blocks_left(&self, kind: StreamKind) -> u32 {
+        self.streams[kind.index()]
+            .position
+            .map_or(0, |position| self.config.layout.segment_blocks - position.block)
+    }
+
+    /// May the stream go on to its next segment for such an entry? Entries without payload release space and
+    /// may use what is kept for the cleaner.
+    pub(super) fn can_advance(&self, kind: StreamKind, entry: EntryKind) -> bool {
+        let kept =
+            if entry.has_payload() { kind.free_segments_kept() } else { 3.min(kind.free_segments_kept()) };
+        self.segments.free_count() > kept
+    }
+
+    /// The stream leaves its segment for the next one and reserves one more.
+    ///
+    /// # Panics
+    /// If no segment is free, or a batch is open: callers ask [`Self::can_advance`] first.
+    pub(super) fn advance_segment(&mut self, kind: StreamKind) {
+        assert!(self.streams[kind.index()].open.is_none());
+        let position = self.streams[kind.index()].position.expect("an open stream");
+        self.segments.seal(position.segment);
+        let reserved = self.segments.open().expect("a free segment");
+        self.generation += 1;
+        self.streams[kind.index()].position = Some(Position {
+            segment: position.next_segment,
+            block: 0,
+            generation: self.generation,
+            next_segment: reserved,
+        });
+    }
+
+    /// Assigns the first two segments of each stream. False if the lane has too few.
+    pub(super) fn open_streams(&mut self) -> bool {
+        if self.segments.free_count() < 2 * 3 {
+            return false;
+        }
+        for kind in StreamKind::ALL {
+            let segment = self.segments.open().expect("counted above");
+            let next_segment = self.segments.open().expect("counted above");
+            self.generation += 1;
+            self.streams[kind.index()].position =
+                Some(Position { segment, block: 0, generation: self.generation, next_segment });
+        }
+        true
+    }
+
+    /// A device write of a batch has ended.
+    pub(super) fn finish_batch_write<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        kind: StreamKind,
+        number: u64,
+        good: bool,
+    ) {
+        if !good {
+            self.fail(context);
+        }
+        let stream = &mut self.streams[kind.index()];
+        let Ok(index) = stream.under_way.binary_search_by_key(&number, |batch| batch.number) else {
+            return;
+        };
+        stream.under_way[index].writes_left -= 1;
+        if self.failed {
+            self.release_failed(context, kind);
+            return;
+        }
+        if self.config.bugs.has(PlantedBug::AckBeforeEarlierBatch) && stream.under_way[index].writes_left == 0
+        {
+            self.answer_out_of_order(kind, index);
+        }
+        self.note_written(kind);
+        self.apply_ready(context, kind);
+    }
+
+    fn note_written(&mut self, kind: StreamKind) {
+        let stream = &mut self.streams[kind.index()];
+        let written = stream.under_way.iter().take_while(|batch| batch.writes_left == 0).last();
+        if let Some(batch) = written {
+            stream.written_through = batch.number;
+            if self.config.ack == AckPolicy::Durable && kind == StreamKind::Client {
+                self.syncer.want();
+            }
+        }
+    }
+
+    /// Lets batches take effect, in order: those that are written, and under the durable policy flushed.
+    pub(super) fn apply_ready<M: Memory>(&mut self, context: &mut Context<'_, M>, kind: StreamKind) {
+        loop {
+            let stream = &self.streams[kind.index()];
+            let durable = self.config.ack == AckPolicy::Durable && kind == StreamKind::Client;
+            let limit = if durable { stream.flushed_through } else { stream.written_through };
+            let ready = |index: usize| stream.under_way.get(index).filter(|batch| batch.number <= limit);
+            let Some(front) = ready(0) else { return };
+            // The two parts of a run take effect in one step: no checkpoint may fall between them.
+            if front.continues && ready(1).is_none() {
+                return;
+            }
+            self.apply_front(context, kind);
+        }
+    }
+
+    fn apply_front<M: Memory>(&mut self, context: &mut Context<'_, M>, kind: StreamKind) {
+        let stream = &mut self.streams[kind.index()];
+        let mut batch = stream.under_way.pop_front().expect("a batch to apply");
+        stream.applied = (batch.number, batch.crc);
+        let entries = own_entries(context.memory.bytes(batch.descriptor));
+        for (view, record) in entries.zip(&batch.records) {
+            let place = batch.payload.plus(view.payload_index);
+            match view.entry.kind {
+                EntryKind::Data => {
+                    self.apply_change(&view.entry, record, place, |index| view.checksum(index))
+                }
+                EntryKind::Zero | EntryKind::Trim => {
+                    self.apply_change(&view.entry, record, Place::NONE, |_| 0);
+                }
+                EntryKind::Move => self.apply_move(&view.entry, record, place, view.checksum(0)),
+                EntryKind::Leaf => self.apply_leaf(&view.entry, record, place, view.checksum(0)),
+                EntryKind::Checkpoint => self.apply_body(&view.entry, place),
+            }
+        }
+        self.segments.end_batch(batch.position.segment);
+        for record in batch.records.drain(..) {
+            record.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
+            self.unapplied_new_blocks -= u64::from(record.new_blocks);
+            match record.cookie {
+                Some(cookie) if record.durable && self.config.ack == AckPolicy::Device => {
+                    self.syncer.wait(cookie)
+                }
+                Some(cookie) => self.complete(cookie, Ok(())),
+                None => {}
+            }
+        }
+        self.record_vectors.push(batch.records);
+        self.release_batch_memory(context, batch.memory);
+    }
+
+    fn apply_change(&mut self, entry: &Entry, record: &Record, place: Place, crc: impl Fn(u32) -> u32) {
+        let volume = &mut self.volumes[record.volume as usize].record;
+        volume.sequence = volume.sequence.max(entry.sequence);
+        let first_leaf = entry.block / LEAF_BLOCKS;
+        for index in 0..entry.count {
+            let block = entry.block + index;
+            let which = (block / LEAF_BLOCKS - first_leaf) as usize;
+            let frame = record.frames[which].expect("a pinned leaf");
+            let new = if place == Place::NONE {
+                Mapping { place, crc: 0 }
+            } else {
+                self.segments.add_live(place.plus(index));
+                Mapping { place: place.plus(index), crc: crc(index) }
+            };
+            let old = self.map.set(frame, block % LEAF_BLOCKS, new, entry.sequence);
+            self.segments.remove_live(old);
+        }
+    }
+
+    /// A move takes effect only if the block is still where it was moved from.
+    fn apply_move(&mut self, entry: &Entry, record: &Record, place: Place, crc: u32) {
+        let frame = record.frames[0].expect("a pinned leaf");
+        let offset = entry.block % LEAF_BLOCKS;
+        let stale = self.map.get(frame, offset).place != entry.old_place;
+        if stale && !self.config.bugs.has(PlantedBug::MoveOverNewerVersion) {
+            return;
+        }
+        self.segments.add_live(place);
+        let old = self.map.set(frame, offset, Mapping { place, crc }, entry.sequence);
+        self.segments.remove_live(old);
+    }
+
+    pub(super) fn release_batch_memory<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        memory: BatchMemory,
+    ) {
+        match memory {
+            BatchMemory::Buffer(buffer) => self.batch_buffers.push(buffer),
+            BatchMemory::Pages(pages) => context.pages.release(pages),
+            BatchMemory::TwoPages(one, other) => {
+                context.pages.release(one);
+                context.pages.release(other);
+            }
+            BatchMemory::Later => {}
+        }
+    }
+
+    fn answer_out_of_order(&mut self, kind: StreamKind, index: usize) {
+        let batch = &mut self.streams[kind.index()].under_way[index];
+        let mut answered = Vec::new();
+        for record in &mut batch.records {
+            if let (Some(cookie), false) = (record.cookie, record.durable) {
+                answered.push(cookie);
+                record.cookie = None;
+            }
+        }
+        answered.into_iter().for_each(|cookie| self.complete(cookie, Ok(())));
+    }
+
+    /// After a failure: everything under way is answered with an error; memory is released when the device lets go.
+    pub(super) fn fail_streams<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        for kind in StreamKind::ALL {
+            if let Some(open) = self.streams[kind.index()].open.take() {
+                self.fail_records(&open.records);
+                self.release_batch_memory(context, BatchMemory::Buffer(open.memory));
+            }
+            for index in 0..self.streams[kind.index()].under_way.len() {
+                let records = std::mem::take(&mut self.streams[kind.index()].under_way[index].records);
+                self.fail_records(&records);
+            }
+            self.release_failed(context, kind);
+        }
+    }
+
+    fn fail_records(&mut self, records: &[Record]) {
+        for record in records {
+            record.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
+            self.unapplied_new_blocks -= u64::from(record.new_blocks);
+            if let Some(cookie) = record.cookie {
+                self.complete(cookie, Err(RequestError::Io));
+            }
+        }
+    }
+
+    fn release_failed<M: Memory>(&mut self, context: &mut Context<'_, M>, kind: StreamKind) {
+        while self.streams[kind.index()].under_way.front().is_some_and(|batch| batch.writes_left == 0) {
+            let batch = self.streams[kind.index()].under_way.pop_front().expect("just seen");
+            self.release_batch_memory(context, batch.memory);
+        }
+    }
+}
+
+fn fill_checksums(payload: &[u8], checksums: &mut [u32]) {
+    for (block, crc) in payload.chunks_exact(BLOCK_BYTES_USIZE).zip(checksums) {
+        *crc = crc32c(block);
+    }
+}
+
+impl Stream {
+    /// Has everything that was appended taken effect?
+    pub(super) fn is_settled(&self) -> bool {
+        self.open.is_none() && self.under_way.is_empty()
+    }
+}

@@ -1,0 +1,315 @@
+//! The cleaner: empties segments so that a checkpoint can free them.
+//!
+//! ```text
+//!   idle ──▶ reading the victim ──▶ moving what lives ──▶ idle
+//!                                     │    ▲
+//!                                     ▼    │
+//!                                   waiting for leaves
+//! ```
+//!
+//! A descriptor says which block each payload block was written for; it lives if the map still points at it. What
+//! lives is copied, sorted by volume and block, into the survivors' stream with its sequence unchanged. A leaf that
+//! lives is not copied but marked, and the next checkpoint writes it elsewhere.
+
+use super::leaf::Waiter;
+use super::stream::{Record, StreamKind};
+use super::{Context, DiskEffect, Lane, Operation};
+use crate::checksum::crc32c;
+use crate::memory::Memory;
+use crate::store::batch::{Descriptor, Entry, EntryKind};
+use crate::store::bugs::PlantedBug;
+use crate::store::layout::{Place, SegmentIndex};
+use crate::store::map::{FrameIndex, LEAF_BLOCKS, Presence};
+use crate::units::{BLOCK_BYTES, MemoryRange};
+
+/// Blocks of one read of the victim.
+const READ_BLOCKS: u32 = 128;
+/// Leaves that are loaded at once for one victim.
+const LEAVES_AHEAD: u32 = 16;
+/// Batches of survivors being written at once.
+const SURVIVOR_BATCHES_WRITING: usize = 2;
+
+/// A payload block of the victim and what it was written for.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    volume: u32,
+    /// The leaf that decides whether it lives, or that it is.
+    leaf: u32,
+    block: u32,
+    is_leaf: bool,
+    place: Place,
+    epoch: u32,
+    sequence: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Idle,
+    Reading {
+        left: u32,
+    },
+    Moving,
+}
+
+/// The cleaner of a lane.
+#[derive(Debug, Default)]
+pub(super) struct Cleaner {
+    phase: Phase,
+    victim: Option<SegmentIndex>,
+    read_failed: bool,
+    /// A whole segment.
+    buffer: MemoryRange,
+    candidates: Vec<Candidate>,
+    next: usize,
+    /// Leaves on their way in.
+    leaves_coming: u32,
+    /// The leaf of `candidates[next]` was asked for; if it is still away, it cannot be read.
+    asked: bool,
+    /// The last turn ended because its budget was used up, not because anything was lacking.
+    interrupted: bool,
+}
+
+impl Cleaner {
+    pub(super) fn new(buffer: MemoryRange) -> Cleaner {
+        Cleaner { buffer, ..Cleaner::default() }
+    }
+}
+
+enum Progress {
+    Done,
+    Wait,
+}
+
+impl Lane {
+    /// Does the cleaner have work that no device operation will wake it for?
+    #[must_use]
+    pub fn wants_turn(&self) -> bool {
+        self.cleaner.interrupted && !self.failed
+    }
+
+    /// Free segments now, and those that a checkpoint would free.
+    fn segments_coming(&self) -> u32 {
+        self.segments.free_count() + self.pool_free + self.segments.dead_count()
+    }
+
+    fn clean_below(&self) -> u32 {
+        StreamKind::Client.free_segments_kept() + 4 + (self.segments.owned_count() + self.pool_free) / 48
+    }
+
+    /// So few segments are left that those already emptied are needed.
+    pub(super) fn space_wants_checkpoint(&self) -> bool {
+        let free = self.segments.free_count() + self.pool_free;
+        let kept = StreamKind::Client.free_segments_kept();
+        let waits = self.blocked.iter().any(|queue| !queue.is_empty());
+        let worth_it = self.segments.dead_count() >= self.clean_below().saturating_sub(kept + 2).max(1);
+        free <= kept + 1 && (worth_it || waits && self.segments.dead_count() > 0)
+            || waits && self.cleaner.phase == Phase::Idle && self.map.dirty_count() > 0 && free <= kept + 1
+    }
+
+    pub(super) fn upkeep_cleaner<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        if self.config.bugs.has(PlantedBug::SegmentReusedEarly) {
+            let dead = self.segments.indices().find(|segment| self.segments.is_dead(*segment));
+            dead.into_iter().for_each(|segment| self.segments.free_after_checkpoint(segment));
+        }
+        if self.cleaner.phase == Phase::Idle && self.is_open() && self.segments_coming() < self.clean_below()
+        {
+            self.start_cleaning();
+        }
+        if self.cleaner.phase == Phase::Moving && self.cleaner.leaves_coming == 0 {
+            self.move_survivors(context);
+        }
+    }
+
+    fn start_cleaning(&mut self) {
+        let Some(victim) = self.segments.choose_victim(self.last_number) else { return };
+        self.segments.mark_cleaned(victim, true);
+        self.segments.begin_read(victim);
+        let layout = self.config.layout;
+        let mut left = 0;
+        for block in (0..layout.segment_blocks).step_by(READ_BLOCKS as usize) {
+            let blocks = READ_BLOCKS.min(layout.segment_blocks - block);
+            let memory = self.cleaner.buffer.part(block * BLOCK_BYTES, blocks * BLOCK_BYTES);
+            let place = layout.place(victim, block);
+            self.start(Operation::VictimRead, |token| DiskEffect::Read { token, place, memory });
+            left += 1;
+        }
+        self.cleaner.victim = Some(victim);
+        self.cleaner.read_failed = false;
+        self.cleaner.phase = Phase::Reading { left };
+    }
+
+    pub(super) fn finish_victim_read<M: Memory>(&mut self, context: &mut Context<'_, M>, good: bool) {
+        let Phase::Reading { left } = self.cleaner.phase else { unreachable!("a victim is being read") };
+        self.cleaner.read_failed |= !good;
+        self.cleaner.phase = Phase::Reading { left: left - 1 };
+        if left > 1 {
+            return;
+        }
+        if self.cleaner.read_failed {
+            return self.end_cleaning(false);
+        }
+        self.list_candidates(context.memory.bytes(self.cleaner.buffer));
+        self.cleaner.phase = Phase::Moving;
+        self.cleaner.next = 0;
+        self.cleaner.asked = false;
+    }
+
+    /// Walks the victim's descriptors. Where one is damaged, the next good one is searched for block by block.
+    fn list_candidates(&mut self, segment: &[u8]) {
+        let victim = self.cleaner.victim.expect("a victim");
+        let layout = self.config.layout;
+        let mut candidates = std::mem::take(&mut self.cleaner.candidates);
+        candidates.clear();
+        let mut block = 0;
+        while block < layout.segment_blocks {
+            let descriptor = Descriptor::decode(&segment[(block * BLOCK_BYTES) as usize..]);
+            let fits = descriptor.filter(|found| block + found.total_blocks() <= layout.segment_blocks);
+            let Some(descriptor) = fits else {
+                block += 1;
+                continue;
+            };
+            let movable = |kind: EntryKind| kind.has_payload() && kind != EntryKind::Checkpoint;
+            for view in descriptor.entries().filter(|view| movable(view.entry.kind)) {
+                let Some(volume) = self.volume_position(view.entry.volume) else { continue };
+                let first = layout.place(victim, block + 1).plus(view.payload_index);
+                candidates.extend((0..view.entry.count).map(|index| {
+                    let is_leaf = view.entry.kind == EntryKind::Leaf;
+                    let block = view.entry.block.saturating_add(index);
+                    Candidate {
+                        volume,
+                        leaf: if is_leaf { block } else { block / LEAF_BLOCKS },
+                        block,
+                        is_leaf,
+                        place: first.plus(index),
+                        epoch: view.entry.epoch,
+                        sequence: view.entry.sequence,
+                    }
+                }));
+            }
+            block += descriptor.total_blocks();
+        }
+        candidates.sort_unstable_by_key(|candidate| (candidate.volume, candidate.block, candidate.place.0));
+        self.cleaner.candidates = candidates;
+    }
+
+    fn volume_position(&self, number: u32) -> Option<u32> {
+        let position = self.volumes.iter().position(|volume| volume.record.number == number)?;
+        u32::try_from(position).ok()
+    }
+
+    /// How many candidates to look at in this turn: more, the less space is left.
+    fn cleaning_budget(&self) -> usize {
+        let free = self.segments.free_count() + self.pool_free;
+        if free <= StreamKind::Client.free_segments_kept() + 2 { 1024 } else { 128 }
+    }
+
+    fn move_survivors<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        self.cleaner.interrupted = false;
+        for _ in 0..self.cleaning_budget() {
+            let Some(candidate) = self.cleaner.candidates.get(self.cleaner.next).copied() else {
+                if self.streams[StreamKind::Survivor.index()].open.is_some() {
+                    self.seal(context, StreamKind::Survivor, false);
+                }
+                return self.end_cleaning(true);
+            };
+            match self.deal_with(context, candidate) {
+                Progress::Done => {
+                    self.cleaner.next += 1;
+                    self.cleaner.asked = false;
+                }
+                Progress::Wait => return,
+            }
+        }
+        self.cleaner.interrupted = true;
+    }
+
+    fn deal_with<M: Memory>(&mut self, context: &mut Context<'_, M>, candidate: Candidate) -> Progress {
+        let on_device = self.map.table(candidate.volume).leaf_on_device(candidate.leaf);
+        if candidate.is_leaf && on_device.place != candidate.place {
+            return Progress::Done;
+        }
+        match self.map.find(candidate.volume, candidate.leaf) {
+            Presence::Nowhere => Progress::Done,
+            Presence::Here(frame) if candidate.is_leaf => {
+                self.map.touch(frame);
+                Progress::Done
+            }
+            Presence::Here(frame) => self.move_block(context, candidate, frame),
+            Presence::Away(_) if self.cleaner.asked => Progress::Done,
+            Presence::Away(_) | Presence::Loading(_) => {
+                self.ask_for_leaves(context);
+                Progress::Wait
+            }
+        }
+    }
+
+    fn ask_for_leaves<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        self.cleaner.asked = true;
+        let mut last = None;
+        for index in self.cleaner.next..self.cleaner.candidates.len() {
+            let Candidate { volume, leaf, .. } = self.cleaner.candidates[index];
+            if last.replace((volume, leaf)) == Some((volume, leaf)) {
+                continue;
+            }
+            if matches!(self.map.find(volume, leaf), Presence::Away(_) | Presence::Loading(_)) {
+                self.cleaner.leaves_coming += 1;
+                self.load_leaf(context, volume, leaf, Waiter::Cleaner);
+            }
+            if self.cleaner.leaves_coming == LEAVES_AHEAD {
+                return;
+            }
+        }
+    }
+
+    pub(super) fn cleaner_leaf_came(&mut self) {
+        self.cleaner.leaves_coming -= 1;
+    }
+
+    fn move_block<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        candidate: Candidate,
+        frame: FrameIndex,
+    ) -> Progress {
+        let mapping = self.map.get(frame, candidate.block % LEAF_BLOCKS);
+        if mapping.place != candidate.place {
+            return Progress::Done;
+        }
+        let victim = self.config.layout.segment_of(candidate.place);
+        let offset = candidate.place.0 - self.config.layout.place(victim, 0).0;
+        let payload = self.cleaner.buffer.part(offset * BLOCK_BYTES, BLOCK_BYTES);
+        if crc32c(context.memory.bytes(payload)) != mapping.crc {
+            // Copying would give rot a good checksum. It stays, and its segment with it.
+            self.counters.checksum_errors += 1;
+            return Progress::Done;
+        }
+        if self.streams[StreamKind::Survivor.index()].writing_count() >= SURVIVOR_BATCHES_WRITING {
+            return Progress::Wait;
+        }
+        let entry = Entry {
+            kind: EntryKind::Move,
+            volume: self.volumes[candidate.volume as usize].record.number,
+            block: candidate.block,
+            count: 1,
+            epoch: candidate.epoch,
+            old_place: candidate.place,
+            sequence: candidate.sequence,
+        };
+        let frames = [Some(frame), None];
+        let record = Record { volume: candidate.volume, frames, cookie: None, durable: false, new_blocks: 0 };
+        if !self.append_small(context, StreamKind::Survivor, &entry, Some(payload), record) {
+            return Progress::Wait;
+        }
+        self.map.pin(frame);
+        self.counters.moved_blocks += 1;
+        Progress::Done
+    }
+
+    fn end_cleaning(&mut self, emptied: bool) {
+        let victim = self.cleaner.victim.take().expect("a victim");
+        self.segments.end_read(victim);
+        self.cleaner.phase = Phase::Idle;
+        self.counters.cleaned_segments += u64::from(emptied);
+    }
+}

@@ -1,0 +1,507 @@
+//! A lane: the volumes of a pool that one thread appends for, their log, their map and their cleaner.
+//!
+//! ```text
+//!   change ──▶ leaves here? ──▶ space? ──▶ open batch ──▶ device ──▶ (sync) ──▶ map, answer
+//!   read   ──▶ leaves here? ──▶ device ──▶ checksums  ──▶ answer
+//! ```
+//!
+//! Requests come in through [`Lane::write`], [`Lane::read`] and their like, device results through
+//! [`Lane::handle_disk`]; [`Lane::upkeep`] runs once per turn and starts what has gathered. Effects and answers
+//! are polled. One owner, one event at a time: nothing here waits, and nothing here is shared.
+
+mod append;
+mod change;
+mod checkpoint;
+mod cleaner;
+mod leaf;
+mod read;
+mod stream;
+mod sync;
+
+use super::batch::BATCH_PAYLOAD_BLOCKS_MAX;
+use super::bugs::Bugs;
+use super::checkpoint_body::VolumeRecord;
+use super::layout::{Layout, Place, SegmentIndex};
+use super::map::{Map, Mapping};
+use super::recovery::Recovered;
+use super::segment::SegmentTable;
+use super::slab::Slab;
+use crate::memory::{Memory, Pages};
+use crate::request::RequestError;
+use crate::units::{BLOCK_BYTES, MemoryRange};
+use change::Change;
+use checkpoint::Checkpointer;
+use cleaner::Cleaner;
+use leaf::LeafLoads;
+use read::Read;
+use std::collections::VecDeque;
+use stream::{Stream, StreamKind};
+use sync::Syncer;
+
+pub use change::Release;
+pub use read::HoleMap;
+
+/// When is a change answered?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AckPolicy {
+    /// When the device has completed it and all before it: what a plain disk promises. FLUSH and FUA make it last.
+    Device,
+    /// When it and all before it are on stable media. FLUSH is then a barrier without work.
+    Durable,
+}
+
+/// What a lane is told when it starts.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneConfig {
+    /// Its number in the pool.
+    pub lane: u32,
+    /// The pool's layout.
+    pub layout: Layout,
+    /// When changes are answered.
+    pub ack: AckPolicy,
+    /// Log bytes after which a checkpoint is written, so that a restart has less than that to read.
+    pub checkpoint_log_bytes: u64,
+    /// Mistakes planted by the simulator.
+    pub bugs: Bugs,
+}
+
+/// The lane's number for one of its device operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskToken(pub u32);
+
+/// What a lane wants of its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskEffect {
+    /// Read blocks.
+    Read {
+        /// Comes back in [`Lane::handle_disk`].
+        token: DiskToken,
+        /// From where.
+        place: Place,
+        /// Into what.
+        memory: MemoryRange,
+    },
+    /// Write blocks.
+    Write {
+        /// Comes back in [`Lane::handle_disk`].
+        token: DiskToken,
+        /// To where.
+        place: Place,
+        /// From what.
+        memory: MemoryRange,
+    },
+    /// Bring all writes that have completed to stable media.
+    Sync {
+        /// Comes back in [`Lane::handle_disk`].
+        token: DiskToken,
+    },
+}
+
+/// The answer to a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// What the caller named the request.
+    pub cookie: u32,
+    /// How it ended.
+    pub result: Result<(), RequestError>,
+    /// For a read: which of its blocks are holes.
+    pub holes: HoleMap,
+}
+
+/// A run of memory that holds blocks to be written, with one more page in front for their descriptor.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnedPayload {
+    /// The whole run. The lane returns it to the page allocator when it is done.
+    pub whole: MemoryRange,
+}
+
+impl OwnedPayload {
+    fn blocks(self) -> MemoryRange {
+        self.whole.part(BLOCK_BYTES, self.whole.len - BLOCK_BYTES)
+    }
+}
+
+/// Blocks of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockRange {
+    /// The volume, by its position in the lane.
+    pub volume: u32,
+    /// The first block.
+    pub block: u32,
+    /// How many; within two leaves and one piece.
+    pub count: u32,
+}
+
+/// The memory that a lane's methods work on; owned by the shard, lent for each call.
+#[derive(Debug)]
+pub struct Context<'a, M> {
+    /// All of it.
+    pub memory: &'a mut M,
+    /// The allocator of its pages.
+    pub pages: &'a mut Pages,
+}
+
+/// What a lane has counted since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LaneCounters {
+    /// Blocks that clients wrote.
+    pub client_blocks_written: u64,
+    /// Blocks written to the device: everything.
+    pub device_blocks_written: u64,
+    /// Of these, blocks that the cleaner moved.
+    pub moved_blocks: u64,
+    /// Of these, leaves and checkpoint bodies.
+    pub map_blocks_written: u64,
+    /// Of these, zeroes written ahead of first use.
+    pub zero_blocks_written: u64,
+    /// Batches written.
+    pub batches: u64,
+    /// Checkpoints completed.
+    pub checkpoints: u64,
+    /// Segments emptied by the cleaner.
+    pub cleaned_segments: u64,
+    /// Syncs of the device.
+    pub syncs: u64,
+    /// Blocks whose checksum was wrong.
+    pub checksum_errors: u64,
+    /// Device operations that failed.
+    pub device_errors: u64,
+    /// Changes that had to wait for space.
+    pub waits_for_space: u64,
+    /// Changes refused for want of space.
+    pub refused_no_space: u64,
+}
+
+/// A volume of the lane.
+#[derive(Debug)]
+pub struct Volume {
+    /// What a checkpoint keeps of it. `sequence` is that of the last change applied.
+    pub record: VolumeRecord,
+    /// The last sequence given out.
+    numbered: u64,
+}
+
+enum Operation {
+    Read(u32),
+    LeafLoad { frame: super::map::FrameIndex, memory: MemoryRange },
+    Batch { stream: StreamKind, number: u64 },
+    Sync,
+    VictimRead,
+    RootWrite,
+    ZeroWrite,
+}
+
+impl std::fmt::Debug for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Operation::Read(_) => "Read",
+            Operation::LeafLoad { .. } => "LeafLoad",
+            Operation::Batch { .. } => "Batch",
+            Operation::Sync => "Sync",
+            Operation::VictimRead => "VictimRead",
+            Operation::RootWrite => "RootWrite",
+            Operation::ZeroWrite => "ZeroWrite",
+        })
+    }
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Lane {
+    config: LaneConfig,
+    mount: u64,
+    /// Number of the last batch given out.
+    last_number: u64,
+    /// Counts the uses of segments in this mount.
+    generation: u64,
+    volumes: Vec<Volume>,
+    map: Map,
+    segments: SegmentTable,
+    /// Free segments that the pool could still lend.
+    pool_free: u32,
+    streams: [Stream; 3],
+    /// Buffers of small batches that are not in use.
+    batch_buffers: Vec<MemoryRange>,
+    operations: Slab<Operation>,
+    effects: VecDeque<DiskEffect>,
+    completions: VecDeque<Completion>,
+    reads: Slab<Read>,
+    changes: Slab<Change>,
+    /// Changes that wait for space or buffers, in order: those with payload and those without.
+    blocked: [VecDeque<u32>; 2],
+    /// Blocks that changes under way may add to the volumes.
+    unapplied_new_blocks: u64,
+    leaf_loads: LeafLoads,
+    syncer: Syncer,
+    checkpointer: Checkpointer,
+    cleaner: Cleaner,
+    zeroing: Zeroing,
+    /// A write or sync failed: what the device holds is uncertain, nothing more is written until a restart has
+    /// verified the log.
+    failed: bool,
+    /// Emptied vectors, kept for their capacity.
+    record_vectors: Vec<Vec<stream::Record>>,
+    spare_mappings: Vec<Vec<Mapping>>,
+    counters: LaneCounters,
+}
+
+/// Segments of a file that were never written: ext4 and XFS would convert each extent at its first
+/// write, so they are written with zeroes ahead of use.
+#[derive(Debug, Default)]
+struct Zeroing {
+    waiting: VecDeque<SegmentIndex>,
+    /// The segment being zeroed, and writes of it under way.
+    current: Option<(SegmentIndex, u32)>,
+    zeroes: MemoryRange,
+}
+
+/// Pages of a buffer for small batches: a descriptor and its payload.
+pub(super) const BATCH_BUFFER_PAGES: u32 = 128;
+const BATCH_BUFFERS: u32 = 10;
+/// Buffers that the clients' stream leaves to the cleaner and the checkpoints.
+const BATCH_BUFFERS_KEPT: usize = 4;
+const LEAF_PAGES: u32 = 64;
+const ZERO_PAGES: u32 = 16;
+/// Segments that a lane borrows at a time, when it has fewer left.
+const SEGMENTS_IN_STOCK: u32 = 8;
+/// Segments that hold no client data: open and next ones of three streams, and room for the cleaner to work in.
+const WORKING_SEGMENTS: u32 = 14;
+
+const _: () = assert!(BATCH_BUFFER_PAGES <= BATCH_PAYLOAD_BLOCKS_MAX);
+
+impl Lane {
+    /// Pages that a lane takes for itself when it starts.
+    #[must_use]
+    pub fn pages_needed(layout: &Layout) -> u32 {
+        BATCH_BUFFERS * BATCH_BUFFER_PAGES + LEAF_PAGES + ZERO_PAGES + layout.segment_blocks + 4
+    }
+
+    /// Is nothing under way?
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.operations.is_empty()
+            && self.reads.is_empty()
+            && self.changes.is_empty()
+            && self.effects.is_empty()
+    }
+
+    /// A lane as recovery found it. Before it takes requests it writes a checkpoint.
+    ///
+    /// # Panics
+    /// If there are fewer than [`Self::pages_needed`] pages.
+    #[must_use]
+    pub fn new(config: LaneConfig, recovered: Recovered, pages: &mut Pages) -> Lane {
+        let mut take = |count| pages.allocate(count).expect("pages for a lane");
+        let leaf_loads = LeafLoads::new((0..LEAF_PAGES).map(|_| take(1)).collect());
+        let batch_buffers = (0..BATCH_BUFFERS).map(|_| take(BATCH_BUFFER_PAGES)).collect();
+        let cleaner = Cleaner::new(take(config.layout.segment_blocks));
+        let checkpointer = Checkpointer::after(&recovered, take(1), take(1));
+        let zeroing = Zeroing { zeroes: take(ZERO_PAGES), ..Zeroing::default() };
+        let volumes = recovered.volumes.into_iter();
+        Lane {
+            config,
+            mount: recovered.mount + 1,
+            last_number: recovered.last_number,
+            generation: 0,
+            volumes: volumes.map(|record| Volume { numbered: record.sequence, record }).collect(),
+            map: recovered.map,
+            segments: recovered.segments,
+            pool_free: 0,
+            streams: std::array::from_fn(|_| Stream::new()),
+            batch_buffers,
+            operations: Slab::default(),
+            effects: VecDeque::new(),
+            completions: VecDeque::new(),
+            reads: Slab::default(),
+            changes: Slab::default(),
+            blocked: Default::default(),
+            unapplied_new_blocks: 0,
+            leaf_loads,
+            syncer: Syncer::default(),
+            checkpointer,
+            cleaner,
+            zeroing,
+            failed: false,
+            record_vectors: Vec::new(),
+            spare_mappings: Vec::new(),
+            counters: LaneCounters::default(),
+        }
+    }
+
+    /// Is the first checkpoint of this mount done, so that requests are taken?
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.volumes.is_empty() || self.checkpointer.first_is_done()
+    }
+
+    /// Did a write or sync fail, so that the lane is read-only?
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn counters(&self) -> LaneCounters {
+        self.counters
+    }
+
+    /// The volumes, in the order in which requests name them.
+    #[must_use]
+    pub fn volumes(&self) -> &[Volume] {
+        &self.volumes
+    }
+
+    /// The map, for the metrics.
+    #[must_use]
+    pub fn map(&self) -> &Map {
+        &self.map
+    }
+
+    /// The segments, for the metrics and the pool's lender.
+    #[must_use]
+    pub fn segments(&self) -> &SegmentTable {
+        &self.segments
+    }
+
+    /// Blocks of client data that fit in all.
+    #[must_use]
+    pub fn capacity_blocks(&self) -> u64 {
+        let layout = &self.config.layout;
+        let segments = self.segments.owned_count() + self.pool_free;
+        let working = WORKING_SEGMENTS + segments / 200;
+        // The cleaner's batches have one descriptor for about a hundred blocks, and a tail is lost at a segment's end.
+        let usable = layout.segment_blocks - layout.segment_blocks.div_ceil(64) - 1;
+        u64::from(segments.saturating_sub(working)) * u64::from(usable)
+    }
+
+    /// Adds a volume, or changes the size of the one with this name. It lasts from the next checkpoint on.
+    pub fn put_volume(&mut self, record: VolumeRecord) {
+        if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.record.number == record.number) {
+            volume.record.size_blocks = record.size_blocks;
+        } else {
+            self.map.add_volume(&[]);
+            self.volumes.push(Volume { numbered: record.sequence, record });
+        }
+        self.checkpointer.request();
+    }
+
+    /// How many segments the lane would like to borrow now.
+    #[must_use]
+    pub fn segments_wanted(&self) -> u32 {
+        let coming = u32::try_from(self.zeroing.waiting.len()).expect("a few")
+            + u32::from(self.zeroing.current.is_some());
+        let stock = self.segments.free_count() + coming;
+        // A lane without volumes writes nothing.
+        if stock < SEGMENTS_IN_STOCK && !self.volumes.is_empty() { SEGMENTS_IN_STOCK } else { 0 }
+    }
+
+    /// The pool lends a segment; a pristine one is zeroed first.
+    pub fn lend(&mut self, segment: SegmentIndex, pristine: bool) {
+        if pristine {
+            self.zeroing.waiting.push_back(segment);
+        } else {
+            self.segments.receive(segment);
+        }
+    }
+
+    /// How many free segments the pool has left to lend to anyone.
+    pub fn set_pool_free(&mut self, segments: u32) {
+        self.pool_free = segments;
+    }
+
+    /// The next thing that the device should do.
+    pub fn poll_effect(&mut self) -> Option<DiskEffect> {
+        self.effects.pop_front()
+    }
+
+    /// The next answer.
+    pub fn poll_completion(&mut self) -> Option<Completion> {
+        self.completions.pop_front()
+    }
+
+    /// A device operation has ended.
+    pub fn handle_disk<M: Memory>(&mut self, context: &mut Context<'_, M>, token: DiskToken, good: bool) {
+        if !good {
+            self.counters.device_errors += 1;
+        }
+        match self.operations.remove(token.0) {
+            Operation::Read(read) => self.finish_read_part(context, read, good),
+            Operation::LeafLoad { frame, memory } => self.finish_leaf_load(context, frame, memory, good),
+            Operation::Batch { stream, number } => self.finish_batch_write(context, stream, number, good),
+            Operation::Sync => self.finish_sync(context, good),
+            Operation::VictimRead => self.finish_victim_read(context, good),
+            Operation::RootWrite => self.finish_root_write(context, good),
+            Operation::ZeroWrite => self.finish_zero_write(context, good),
+        }
+    }
+
+    /// Once per turn, after all events: writes what has gathered, and works in the background.
+    pub fn upkeep<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        if self.failed {
+            return;
+        }
+        self.retry_blocked(context);
+        self.upkeep_zeroing();
+        self.upkeep_cleaner(context);
+        self.upkeep_checkpoint(context);
+        self.seal_gathered(context);
+        self.upkeep_sync();
+    }
+
+    fn start(&mut self, operation: Operation, effect: impl FnOnce(DiskToken) -> DiskEffect) {
+        let token = DiskToken(self.operations.insert(operation));
+        self.effects.push_back(effect(token));
+    }
+
+    fn complete(&mut self, cookie: u32, result: Result<(), RequestError>) {
+        self.completions.push_back(Completion { cookie, result, holes: HoleMap::default() });
+    }
+
+    fn upkeep_zeroing(&mut self) {
+        if self.zeroing.current.is_some() {
+            return;
+        }
+        let Some(segment) = self.zeroing.waiting.pop_front() else { return };
+        let layout = self.config.layout;
+        let step = ZERO_PAGES.min(layout.segment_blocks);
+        let memory = self.zeroing.zeroes.part(0, step * BLOCK_BYTES);
+        for block in (0..layout.segment_blocks).step_by(step as usize) {
+            let place = layout.place(segment, block);
+            self.start(Operation::ZeroWrite, |token| DiskEffect::Write { token, place, memory });
+        }
+        self.counters.zero_blocks_written += u64::from(layout.segment_blocks);
+        self.counters.device_blocks_written += u64::from(layout.segment_blocks);
+        self.zeroing.current = Some((segment, layout.segment_blocks / step));
+    }
+
+    fn finish_zero_write<M: Memory>(&mut self, context: &mut Context<'_, M>, good: bool) {
+        if !good {
+            self.fail(context);
+        }
+        let (segment, left) = self.zeroing.current.expect("a segment is being zeroed");
+        self.zeroing.current = if left > 1 { Some((segment, left - 1)) } else { None };
+        if left == 1 && !self.failed {
+            self.segments.receive(segment);
+        }
+    }
+
+    /// A write or sync failed. What waits will never be safe: it is answered with an error, and so is all that
+    /// comes. Nothing is retried in hope: after a failed sync the kernel may have dropped what it could not write.
+    fn fail<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        if std::mem::replace(&mut self.failed, true) {
+            return;
+        }
+        self.fail_streams(context);
+        self.fail_changes(context);
+        self.fail_syncs();
+    }
+}
+
+impl Volume {
+    /// Size in blocks.
+    #[must_use]
+    pub fn size_blocks(&self) -> u64 {
+        self.record.size_blocks
+    }
+}

@@ -1,0 +1,460 @@
+//! Recovery: from the root, then forward through the log to the first batch that is not valid.
+//!
+//! Reads only, and waits for each read: nothing is served meanwhile. What it finds is made safe by the lane's first
+//! checkpoint, which is written before any append, answer or read.
+//!
+//! A stream's batches form a chain. Where it breaks, a descriptor or a payload is torn or was never written, which
+//! is what a loss of power leaves; or it has rotted. A later batch that states a flushed watermark at or beyond the
+//! broken one proves rot: then a readable descriptor is applied all the same (reads of the damaged blocks fail
+//! their checksums), and an unreadable one makes the pool refuse to start rather than lose acknowledged writes.
+
+use super::batch::{Descriptor, EntryKind, own_entries};
+use super::bugs::{Bugs, PlantedBug};
+use super::checkpoint_body::{Body, VolumeRecord};
+use super::layout::{ANCHORS, Layout, LayoutError, Place, SegmentIndex};
+use super::map::{FrameIndex, LEAF_BLOCKS, Map, Mapping, Presence};
+use super::root::{Cursor, PlaceRun, Root, choose_root};
+use super::segment::SegmentTable;
+use crate::checksum::crc32c;
+use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
+
+/// Reads a pool while it is not being served.
+pub trait PoolReader {
+    /// Length of the pool.
+    fn len_bytes(&self) -> u64;
+    /// Fills `into` from the device; offset and length are multiples of the block size. False if it cannot be read.
+    fn read_at(&mut self, offset_bytes: u64, into: &mut [u8]) -> bool;
+}
+
+/// Why a pool cannot be opened. Every variant means: nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecoveryError {
+    /// No usable header.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The file is shorter than the pool.
+    #[error("the pool is cut short: it has {found_bytes} bytes and had at least {needed_bytes}")]
+    CutShort {
+        /// Bytes that are there.
+        found_bytes: u64,
+        /// Bytes that were there at format time.
+        needed_bytes: u64,
+    },
+    /// Fewer than two equal roots.
+    #[error("lane {lane}: no two of its four roots agree; the pool cannot be opened without losing data")]
+    NoRoot {
+        /// The lane.
+        lane: u32,
+    },
+    /// Both copies of the checkpoint's body are damaged.
+    #[error("lane {lane}: both copies of checkpoint {checkpoint} are damaged")]
+    CheckpointDamaged {
+        /// The lane.
+        lane: u32,
+        /// Its number.
+        checkpoint: u64,
+    },
+    /// A leaf of the map that rolling forward must change is damaged.
+    #[error("volume {volume}: the map of blocks {first_block} to {last_block} is damaged", last_block = first_block + 511)]
+    LeafDamaged {
+        /// The volume's name.
+        volume: String,
+        /// First block that it maps.
+        first_block: u64,
+    },
+    /// A batch that was flushed has an unreadable descriptor.
+    #[error("lane {lane}: the log is damaged after batch {after}: changes that were flushed are lost")]
+    FlushedBatchLost {
+        /// The lane.
+        lane: u32,
+        /// The last good batch.
+        after: u64,
+    },
+}
+
+/// A lane's state after recovery.
+#[derive(Debug)]
+pub struct Recovered {
+    /// Mount number of the root; the lane goes on with the next one.
+    pub mount: u64,
+    /// Number of its checkpoint.
+    pub checkpoint: u64,
+    /// Highest batch number given out.
+    pub last_number: u64,
+    /// Where the checkpoint's body is.
+    pub body: [Vec<PlaceRun>; 2],
+    /// The volumes.
+    pub volumes: Vec<VolumeRecord>,
+    /// Their maps.
+    pub map: Map,
+    /// The lane's segments.
+    pub segments: SegmentTable,
+    /// Batches applied by rolling forward.
+    pub batches_rolled_forward: u64,
+}
+
+/// Finds and reads the pool's header.
+///
+/// # Errors
+/// [`RecoveryError::Layout`] and [`RecoveryError::CutShort`].
+pub fn read_layout(reader: &mut impl PoolReader) -> Result<Layout, RecoveryError> {
+    let layout = match header_at(reader, 0) {
+        Ok(layout) => layout,
+        // One header in four is damaged: the others are at the starts of segments, which are 64 KiB or more.
+        Err(error) => {
+            (1..reader.len_bytes() >> 16).find_map(|step| header_at(reader, step << 16).ok()).ok_or(error)?
+        }
+    };
+    let needed_bytes = u64::from(layout.segments_at_format) * u64::from(layout.segment_bytes());
+    let found_bytes = reader.len_bytes();
+    if found_bytes < needed_bytes {
+        return Err(RecoveryError::CutShort { found_bytes, needed_bytes });
+    }
+    Ok(layout)
+}
+
+fn header_at(reader: &mut impl PoolReader, offset_bytes: u64) -> Result<Layout, LayoutError> {
+    let mut block = [0; BLOCK_BYTES_USIZE];
+    let inside = offset_bytes + BLOCK_BYTES_U64 <= reader.len_bytes();
+    if inside && reader.read_at(offset_bytes, &mut block) {
+        Layout::decode(&block)
+    } else {
+        Err(LayoutError::NotAPool)
+    }
+}
+
+/// Recovers one lane of a pool.
+///
+/// # Errors
+/// All of [`RecoveryError`] but the first two.
+pub fn recover_lane(
+    reader: &mut impl PoolReader,
+    layout: Layout,
+    lane: u32,
+    map_cache_bytes: u64,
+    bugs: Bugs,
+) -> Result<Recovered, RecoveryError> {
+    let slots =
+        std::array::from_fn(|slot| read_root(reader, &layout, lane, u32::try_from(slot).expect("four")));
+    let root = choose_root(slots).ok_or(RecoveryError::NoRoot { lane })?;
+    let damaged = RecoveryError::CheckpointDamaged { lane, checkpoint: root.checkpoint };
+    let body = read_body(reader, &layout, &root).ok_or(damaged)?;
+    let mut recovered = restore(reader, layout, &root, body, map_cache_bytes);
+
+    let mut batches = Vec::new();
+    for (stream, cursor) in (0..).zip(&root.cursors) {
+        let mut walker = Walker::new(reader, layout, &root, stream, *cursor, bugs);
+        walker.walk()?;
+        batches.append(&mut walker.accepted());
+    }
+    // Between the streams the lane's numbers give the order: a move comes after the write that it moved.
+    batches.sort_unstable_by_key(|batch| batch.number);
+    for batch in &batches {
+        apply_batch(reader, &layout, &mut recovered, batch, bugs)?;
+    }
+    recovered.last_number =
+        batches.last().map_or(root.last_number, |batch| batch.number.max(root.last_number));
+    recovered.batches_rolled_forward = batches.len() as u64;
+    Ok(recovered)
+}
+
+fn read_root(reader: &mut impl PoolReader, layout: &Layout, lane: u32, slot: u32) -> Option<Root> {
+    assert!(slot < ANCHORS);
+    let mut block = [0; BLOCK_BYTES_USIZE];
+    let readable = reader.read_at(layout.root_place(lane, slot).offset_bytes(), &mut block);
+    if readable { Root::decode(&block, lane, &layout.pool_id) } else { None }
+}
+
+fn read_body(reader: &mut impl PoolReader, layout: &Layout, root: &Root) -> Option<Body> {
+    if root.body_bytes == 0 {
+        return Some(Body::default());
+    }
+    let body = root.body.iter().find_map(|copy| read_body_copy(reader, root, copy))?;
+    let segments = layout.segments_in(reader.len_bytes());
+    let inside = |place: Place| layout.segment_of(place).0 < segments;
+    let sensible = body.segments.iter().all(|record| {
+        record.segment.0 < segments
+            && record.live_blocks <= layout.segment_blocks
+            && !layout.is_anchor(record.segment)
+    }) && body.volumes.iter().flat_map(|(_, leaves)| leaves).all(|leaf| inside(leaf.place))
+        && root.body.iter().flatten().flat_map(|run| run.places()).all(inside);
+    sensible.then_some(body)
+}
+
+fn read_body_copy(reader: &mut impl PoolReader, root: &Root, copy: &[PlaceRun]) -> Option<Body> {
+    let mut bytes = Vec::new();
+    for run in copy {
+        let at = bytes.len();
+        bytes.resize(at + run.blocks as usize * BLOCK_BYTES_USIZE, 0);
+        if run.place.offset_bytes() + u64::from(run.blocks) * BLOCK_BYTES_U64 > reader.len_bytes() {
+            return None;
+        }
+        if !reader.read_at(run.place.offset_bytes(), &mut bytes[at..]) {
+            return None;
+        }
+    }
+    bytes
+        .get(..usize::try_from(root.body_bytes).ok()?)
+        .filter(|body| crc32c(body) == root.body_crc)
+        .and_then(Body::decode)
+}
+
+fn restore(
+    reader: &impl PoolReader,
+    layout: Layout,
+    root: &Root,
+    body: Body,
+    map_cache_bytes: u64,
+) -> Recovered {
+    let mut map = Map::new(map_cache_bytes);
+    let mut volumes = Vec::new();
+    for (record, leaves) in body.volumes {
+        map.add_volume(&leaves);
+        volumes.push(record);
+    }
+    let mut segments = SegmentTable::new(layout, layout.segments_in(reader.len_bytes()));
+    body.segments.iter().for_each(|record| segments.restore(record));
+    for place in root.body.iter().flatten().flat_map(|run| run.places()) {
+        segments.restore_found(layout.segment_of(place), 0);
+        segments.add_live(place);
+    }
+    Recovered {
+        mount: root.mount,
+        checkpoint: root.checkpoint,
+        last_number: root.last_number,
+        body: root.body.clone(),
+        volumes,
+        map,
+        segments,
+        batches_rolled_forward: 0,
+    }
+}
+
+/// A batch found by rolling forward: its descriptor as far as it is filled, and where its payload is.
+struct FoundBatch {
+    number: u64,
+    segment: SegmentIndex,
+    payload: Place,
+    descriptor: Vec<u8>,
+    payload_is_good: bool,
+    continues: bool,
+}
+
+/// Follows the chain of one stream.
+struct Walker<'r, R> {
+    reader: &'r mut R,
+    layout: Layout,
+    lane: u32,
+    mount: u64,
+    stream: u8,
+    bugs: Bugs,
+    cursor: Cursor,
+    /// The segment held in `bytes`.
+    loaded: Option<SegmentIndex>,
+    bytes: Vec<u8>,
+    found: Vec<FoundBatch>,
+    /// Highest flushed watermark seen.
+    flushed: u64,
+}
+
+impl<'r, R: PoolReader> Walker<'r, R> {
+    fn new(reader: &'r mut R, layout: Layout, root: &Root, stream: u8, cursor: Cursor, bugs: Bugs) -> Self {
+        let (lane, mount) = (root.lane, root.mount);
+        let (found, bytes) = (Vec::new(), Vec::new());
+        Walker { reader, layout, lane, mount, stream, bugs, cursor, loaded: None, bytes, found, flushed: 0 }
+    }
+
+    fn walk(&mut self) -> Result<(), RecoveryError> {
+        while self.step() {}
+        let after = self.cursor.number;
+        // Is there anything behind the break that says the missing batch had been flushed?
+        let tail = self.watermark_from(self.cursor.segment, self.cursor.block);
+        let next = self.watermark_from(self.cursor.next_segment, 0);
+        if tail.max(next) > after {
+            return Err(RecoveryError::FlushedBatchLost { lane: self.lane, after });
+        }
+        Ok(())
+    }
+
+    /// Takes the batch at the cursor, or the first one of the next segment.
+    fn step(&mut self) -> bool {
+        let (segment, block) = (self.cursor.segment, self.cursor.block);
+        if block < self.layout.segment_blocks && self.take_batch(segment, block, Some(self.cursor.generation))
+        {
+            return true;
+        }
+        let next = self.cursor.next_segment;
+        next != segment && self.take_batch(next, 0, None)
+    }
+
+    fn take_batch(&mut self, segment: SegmentIndex, block: u32, generation: Option<u64>) -> bool {
+        if !self.load(segment) {
+            return false;
+        }
+        let at = block as usize * BLOCK_BYTES_USIZE;
+        let Some(descriptor) = Descriptor::decode(&self.bytes[at..]) else { return false };
+        let header = descriptor.header;
+        let follows = header.chain == self.cursor.chain
+            && header.mount == self.mount
+            && generation.is_none_or(|generation| header.generation == generation);
+        let mine = u32::from(header.lane) == self.lane && header.stream == self.stream;
+        let inside = block + descriptor.total_blocks() <= self.layout.segment_blocks
+            && header.next_segment.0 < self.layout.segments_in(self.reader.len_bytes());
+        let chained = follows || self.bugs.has(PlantedBug::NoChain);
+        if !mine || !inside || !chained || header.number <= self.cursor.number {
+            return false;
+        }
+        let payload = &self.bytes[at + BLOCK_BYTES_USIZE..];
+        let payload_is_good = descriptor.entries().all(|view| {
+            (0..view.payload_blocks()).all(|index| {
+                let start = (view.payload_index + index) as usize * BLOCK_BYTES_USIZE;
+                crc32c(&payload[start..start + BLOCK_BYTES_USIZE]) == view.checksum(index)
+            })
+        });
+        self.flushed = self.flushed.max(header.flushed);
+        self.found.push(FoundBatch {
+            number: header.number,
+            segment,
+            payload: self.layout.place(segment, block).plus(1),
+            descriptor: self.bytes[at..at + descriptor.used_bytes()].to_vec(),
+            payload_is_good,
+            continues: header.continues,
+        });
+        self.cursor = Cursor {
+            segment,
+            block: block + descriptor.total_blocks(),
+            generation: header.generation,
+            number: header.number,
+            chain: descriptor.crc,
+            next_segment: header.next_segment,
+        };
+        true
+    }
+
+    fn load(&mut self, segment: SegmentIndex) -> bool {
+        if self.loaded != Some(segment) {
+            self.loaded = None;
+            self.bytes.resize(self.layout.segment_bytes() as usize, 0);
+            if !self.reader.read_at(self.layout.place(segment, 0).offset_bytes(), &mut self.bytes) {
+                return self.load_block_by_block(segment);
+            }
+            self.loaded = Some(segment);
+        }
+        true
+    }
+
+    /// A part of the segment cannot be read: what can be, is; the rest counts as damaged.
+    fn load_block_by_block(&mut self, segment: SegmentIndex) -> bool {
+        let start = self.layout.place(segment, 0).offset_bytes();
+        for (block, bytes) in (0_u64..).zip(self.bytes.chunks_exact_mut(BLOCK_BYTES_USIZE)) {
+            if !self.reader.read_at(start + block * BLOCK_BYTES_U64, bytes) {
+                bytes.fill(0);
+            }
+        }
+        self.loaded = Some(segment);
+        true
+    }
+
+    /// The highest flushed watermark that a later batch of this stream and mount states.
+    fn watermark_from(&mut self, segment: SegmentIndex, block: u32) -> u64 {
+        if !self.load(segment) {
+            return 0;
+        }
+        let (mount, stream, lane, after) = (self.mount, self.stream, self.lane, self.cursor.number);
+        let blocks = self.bytes[(block * BLOCK_BYTES) as usize..].chunks_exact(BLOCK_BYTES_USIZE);
+        blocks
+            .filter_map(Descriptor::decode)
+            .map(|descriptor| descriptor.header)
+            .filter(|header| {
+                header.mount == mount && header.stream == stream && u32::from(header.lane) == lane
+            })
+            .filter(|header| header.number > after)
+            .map(|header| header.flushed)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// The batches that count: up to the first one with a torn payload, and no first half without its second.
+    fn accepted(self) -> Vec<FoundBatch> {
+        let flushed = self.flushed;
+        let mut accepted: Vec<FoundBatch> = self
+            .found
+            .into_iter()
+            .take_while(|batch| batch.payload_is_good || batch.number <= flushed)
+            .collect();
+        if accepted.last().is_some_and(|batch| batch.continues) {
+            accepted.pop();
+        }
+        accepted
+    }
+}
+
+fn apply_batch(
+    reader: &mut impl PoolReader,
+    layout: &Layout,
+    recovered: &mut Recovered,
+    batch: &FoundBatch,
+    bugs: Bugs,
+) -> Result<(), RecoveryError> {
+    recovered.segments.restore_found(batch.segment, batch.number);
+    for view in own_entries(&batch.descriptor) {
+        let entry = view.entry;
+        let position = recovered.volumes.iter().position(|volume| volume.number == entry.volume);
+        let Some(volume) = position else { continue };
+        let end = u64::from(entry.block) + u64::from(entry.count);
+        if end > recovered.volumes[volume].size_blocks {
+            continue;
+        }
+        recovered.volumes[volume].sequence = recovered.volumes[volume].sequence.max(entry.sequence);
+        for index in 0..entry.count {
+            let block = entry.block + index;
+            let frame = leaf_at_hand(reader, recovered, volume, block / LEAF_BLOCKS)?;
+            let place = batch.payload.plus(view.payload_index + index);
+            let new = match entry.kind {
+                EntryKind::Data | EntryKind::Move => Mapping { place, crc: view.checksum(index) },
+                EntryKind::Zero | EntryKind::Trim => Mapping { place: Place::NONE, crc: 0 },
+                EntryKind::Leaf | EntryKind::Checkpoint => continue,
+            };
+            let offset = block % LEAF_BLOCKS;
+            let stale =
+                entry.kind == EntryKind::Move && recovered.map.get(frame, offset).place != entry.old_place;
+            if stale && !bugs.has(PlantedBug::MoveOverNewerVersion) {
+                continue;
+            }
+            if new.place != Place::NONE {
+                recovered.segments.add_live(new.place);
+            }
+            let old = recovered.map.set(frame, offset, new, entry.sequence);
+            assert!(layout.segment_of(old).0 < recovered.segments.pool_count());
+            recovered.segments.remove_live(old);
+        }
+    }
+    Ok(())
+}
+
+/// The leaf, loaded if need be.
+fn leaf_at_hand(
+    reader: &mut impl PoolReader,
+    recovered: &mut Recovered,
+    volume: usize,
+    leaf: u32,
+) -> Result<FrameIndex, RecoveryError> {
+    let position = u32::try_from(volume).expect("volumes fit 32 bits");
+    match recovered.map.find(position, leaf) {
+        Presence::Here(frame) | Presence::Loading(frame) => Ok(frame),
+        Presence::Nowhere => Ok(recovered.map.admit(position, leaf)),
+        Presence::Away(Mapping { place, crc }) => {
+            let mut block = [0; BLOCK_BYTES_USIZE];
+            let good = reader.read_at(place.offset_bytes(), &mut block) && crc32c(&block) == crc;
+            if !good {
+                return Err(RecoveryError::LeafDamaged {
+                    volume: recovered.volumes[volume].name.clone(),
+                    first_block: u64::from(leaf) * u64::from(LEAF_BLOCKS),
+                });
+            }
+            let frame = recovered.map.admit(position, leaf);
+            recovered.map.finish_load(frame, &block);
+            Ok(frame)
+        }
+    }
+}

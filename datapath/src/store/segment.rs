@@ -1,0 +1,317 @@
+//! The segments of a lane: what lives in each, which can be written and which can be emptied.
+//!
+//! ```text
+//!            lend                open               seal              live = 0, checkpoint, no reader
+//!   foreign ------> zeroing ---> free ---> open ---------> sealed ----------------------------------> free
+//!                   (first use only)                         | the cleaner moves what lives
+//! ```
+//!
+//! A segment becomes free again only when a checkpoint without a reference to it stands in all four roots, and the
+//! last read of it has ended.
+
+use super::checkpoint_body::SegmentRecord;
+use super::layout::{Layout, Place, SegmentIndex};
+use std::collections::VecDeque;
+
+/// What a segment is to this lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SegmentState {
+    /// Not lent to this lane.
+    Foreign,
+    /// Ready to be written.
+    Free,
+    /// A stream writes to it or will do so next.
+    Open,
+    /// Written, and not to be written again before it was freed.
+    Sealed,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    state: SegmentState,
+    /// Blocks that the map, a leaf's parent or a root refers to.
+    live: u32,
+    /// Reads under way.
+    readers: u32,
+    /// Batches written but not yet applied to the map.
+    unapplied: u32,
+    /// The cleaner has dealt with it and it waits for that to take effect, or holds what cannot be moved.
+    cleaned: bool,
+    newest_number: u64,
+}
+
+/// The segments of one lane, by their position in the pool.
+#[derive(Debug)]
+pub struct SegmentTable {
+    layout: Layout,
+    segments: Vec<Segment>,
+    free: VecDeque<SegmentIndex>,
+    /// Unreferenced by the newest checkpoint but still being read.
+    still_read: Vec<SegmentIndex>,
+    live_total: u64,
+    owned: u32,
+    /// Sealed segments with nothing alive, including those in `still_read`.
+    dead: u32,
+}
+
+impl Segment {
+    fn is_owned(&self) -> bool {
+        self.state != SegmentState::Foreign
+    }
+
+    fn is_dead(&self) -> bool {
+        self.state == SegmentState::Sealed && self.live == 0 && self.unapplied == 0
+    }
+}
+
+const FOREIGN: Segment = Segment {
+    state: SegmentState::Foreign,
+    live: 0,
+    readers: 0,
+    unapplied: 0,
+    cleaned: false,
+    newest_number: 0,
+};
+
+impl SegmentTable {
+    /// A lane that owns nothing in a pool of `segments`.
+    #[must_use]
+    pub fn new(layout: Layout, segments: u32) -> SegmentTable {
+        SegmentTable {
+            layout,
+            segments: vec![FOREIGN; segments as usize],
+            free: VecDeque::new(),
+            still_read: Vec::new(),
+            live_total: 0,
+            owned: 0,
+            dead: 0,
+        }
+    }
+
+    /// The pool has grown.
+    pub fn grow(&mut self, segments: u32) {
+        assert!(segments as usize >= self.segments.len());
+        self.segments.resize(segments as usize, FOREIGN);
+    }
+
+    /// Takes over a segment that a checkpoint lists.
+    pub fn restore(&mut self, record: &SegmentRecord) {
+        self.change(record.segment, |segment| {
+            segment.state = SegmentState::Sealed;
+            segment.live = record.live_blocks;
+            segment.newest_number = record.newest_number;
+        });
+    }
+
+    /// Rolling forward found batches in a segment that the checkpoint may not list.
+    pub fn restore_found(&mut self, segment: SegmentIndex, number: u64) {
+        if self.state(segment) == SegmentState::Foreign {
+            self.set_state(segment, SegmentState::Sealed);
+        }
+        self.note_batch(segment, number);
+    }
+
+    /// The pool lends a segment that is ready to be written.
+    pub fn receive(&mut self, segment: SegmentIndex) {
+        assert_eq!(self.state(segment), SegmentState::Foreign);
+        self.set_state(segment, SegmentState::Free);
+        self.free.push_back(segment);
+    }
+
+    /// Gives a free segment back to the pool.
+    pub fn give_back(&mut self) -> Option<SegmentIndex> {
+        let segment = self.free.pop_back()?;
+        self.set_state(segment, SegmentState::Foreign);
+        Some(segment)
+    }
+
+    /// A free segment, to be written.
+    pub fn open(&mut self) -> Option<SegmentIndex> {
+        let segment = self.free.pop_front()?;
+        self.set_state(segment, SegmentState::Open);
+        self.segments[segment.0 as usize].cleaned = false;
+        Some(segment)
+    }
+
+    /// A stream has left the segment.
+    pub fn seal(&mut self, segment: SegmentIndex) {
+        assert_eq!(self.state(segment), SegmentState::Open);
+        self.set_state(segment, SegmentState::Sealed);
+    }
+
+    fn set_state(&mut self, segment: SegmentIndex, state: SegmentState) {
+        self.change(segment, |slot| slot.state = state);
+    }
+
+    /// The one place where a segment changes, so that the totals follow.
+    fn change(&mut self, segment: SegmentIndex, edit: impl FnOnce(&mut Segment)) {
+        let slot = &mut self.segments[segment.0 as usize];
+        let before = *slot;
+        edit(slot);
+        let after = *slot;
+        assert!(after.live <= self.layout.segment_blocks);
+        self.owned = self.owned + u32::from(after.is_owned()) - u32::from(before.is_owned());
+        self.dead = self.dead + u32::from(after.is_dead()) - u32::from(before.is_dead());
+        self.live_total = self.live_total + u64::from(after.live) - u64::from(before.live);
+    }
+
+    /// What a segment is.
+    #[must_use]
+    pub fn state(&self, segment: SegmentIndex) -> SegmentState {
+        self.segments[segment.0 as usize].state
+    }
+
+    /// Segments ready to be written.
+    #[must_use]
+    pub fn free_count(&self) -> u32 {
+        u32::try_from(self.free.len()).expect("segments fit 32 bits")
+    }
+
+    /// Segments of this lane, whatever their state.
+    #[must_use]
+    pub fn owned_count(&self) -> u32 {
+        self.owned
+    }
+
+    /// Segments in the pool.
+    #[must_use]
+    pub fn pool_count(&self) -> u32 {
+        u32::try_from(self.segments.len()).expect("segments fit 32 bits")
+    }
+
+    /// Blocks that something refers to.
+    #[must_use]
+    pub fn live_total(&self) -> u64 {
+        self.live_total
+    }
+
+    /// Blocks of one segment that something refers to.
+    #[must_use]
+    pub fn live(&self, segment: SegmentIndex) -> u32 {
+        self.segments[segment.0 as usize].live
+    }
+
+    /// Something refers to `place` from now on.
+    pub fn add_live(&mut self, place: Place) {
+        self.change(self.layout.segment_of(place), |slot| slot.live += 1);
+    }
+
+    /// Nothing refers to `place` any more; a hole is ignored.
+    pub fn remove_live(&mut self, place: Place) {
+        if place != Place::NONE {
+            let segment = self.layout.segment_of(place);
+            self.change(segment, |slot| slot.live = slot.live.checked_sub(1).expect("a place dies once"));
+        }
+    }
+
+    /// A batch is being written to the segment and waits to be applied.
+    pub fn begin_batch(&mut self, segment: SegmentIndex, number: u64) {
+        self.change(segment, |slot| slot.unapplied += 1);
+        self.note_batch(segment, number);
+    }
+
+    fn note_batch(&mut self, segment: SegmentIndex, number: u64) {
+        let newest = &mut self.segments[segment.0 as usize].newest_number;
+        *newest = number.max(*newest);
+    }
+
+    /// The batch was applied, or given up.
+    pub fn end_batch(&mut self, segment: SegmentIndex) {
+        self.change(segment, |slot| {
+            slot.unapplied = slot.unapplied.checked_sub(1).expect("a batch ends once");
+        });
+    }
+
+    /// A read of the segment begins: it must not be written meanwhile.
+    pub fn begin_read(&mut self, segment: SegmentIndex) {
+        self.segments[segment.0 as usize].readers += 1;
+    }
+
+    /// A read has ended.
+    pub fn end_read(&mut self, segment: SegmentIndex) {
+        let slot = &mut self.segments[segment.0 as usize];
+        slot.readers = slot.readers.checked_sub(1).expect("a read ends once");
+        if slot.readers == 0
+            && let Some(position) = self.still_read.iter().position(|other| *other == segment)
+        {
+            self.still_read.swap_remove(position);
+            self.set_state(segment, SegmentState::Free);
+            self.free.push_back(segment);
+        }
+    }
+
+    /// Can a checkpoint that cuts now leave the segment out?
+    #[must_use]
+    pub fn is_dead(&self, segment: SegmentIndex) -> bool {
+        self.segments[segment.0 as usize].is_dead() && !self.still_read.contains(&segment)
+    }
+
+    /// Is everything that was written to the segment in effect, and nothing more to come?
+    #[must_use]
+    pub fn is_settled(&self, segment: SegmentIndex) -> bool {
+        let slot = &self.segments[segment.0 as usize];
+        slot.state == SegmentState::Sealed && slot.unapplied == 0
+    }
+
+    /// Sealed segments that hold nothing alive: a checkpoint would free so many.
+    #[must_use]
+    pub fn dead_count(&self) -> u32 {
+        self.dead - u32::try_from(self.still_read.len()).expect("segments fit 32 bits")
+    }
+
+    /// The newest checkpoint, in all four roots, does not refer to the segment.
+    pub fn free_after_checkpoint(&mut self, segment: SegmentIndex) {
+        assert!(self.is_dead(segment), "segment {segment:?} came back to life");
+        if self.segments[segment.0 as usize].readers > 0 {
+            self.still_read.push(segment);
+        } else {
+            self.set_state(segment, SegmentState::Free);
+            self.free.push_back(segment);
+        }
+    }
+
+    /// The cleaner has dealt with the segment.
+    pub fn mark_cleaned(&mut self, segment: SegmentIndex, cleaned: bool) {
+        self.segments[segment.0 as usize].cleaned = cleaned;
+    }
+
+    /// The segment whose cleaning gains most: free space over the cost of reading it and writing what lives, times
+    /// age (Rosenblum and Ousterhout, 1992). Old segments have stopped dying by themselves.
+    #[must_use]
+    pub fn choose_victim(&self, now_number: u64) -> Option<SegmentIndex> {
+        let blocks = f64::from(self.layout.segment_blocks);
+        let score = |segment: &Segment| {
+            let live = f64::from(segment.live) / blocks;
+            let age = now_number.saturating_sub(segment.newest_number).min(1 << 40);
+            #[expect(clippy::cast_precision_loss, reason = "a ranking, not an account")]
+            let age = (age + 64) as f64;
+            (1.0 - live) / (1.0 + live) * age.sqrt()
+        };
+        let candidates = self.segments.iter().enumerate().filter(|(_, segment)| {
+            segment.state == SegmentState::Sealed
+                && segment.live > 0
+                && segment.live < self.layout.segment_blocks - 1
+                && segment.unapplied == 0
+                && !segment.cleaned
+        });
+        let best = candidates.max_by(|(_, a), (_, b)| score(a).total_cmp(&score(b)));
+        best.map(|(index, _)| SegmentIndex(u32::try_from(index).expect("segments fit 32 bits")))
+    }
+
+    /// Every segment of the pool.
+    pub fn indices(&self) -> impl Iterator<Item = SegmentIndex> + use<> {
+        (0..self.pool_count()).map(SegmentIndex)
+    }
+
+    /// The live counts of all segments, to be kept by a checkpoint as they are now.
+    #[must_use]
+    pub fn live_counts(&self) -> Vec<u32> {
+        self.segments.iter().map(|segment| segment.live).collect()
+    }
+
+    /// Number of the newest batch in a segment.
+    #[must_use]
+    pub fn newest_number(&self, segment: SegmentIndex) -> u64 {
+        self.segments[segment.0 as usize].newest_number
+    }
+}

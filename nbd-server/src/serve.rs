@@ -1,0 +1,174 @@
+//! `berth serve`: one node with a fixed set of volumes.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+
+use datapath::reactor::affinity::AffinityError;
+pub use datapath::reactor::affinity::CpuList;
+use datapath::reactor::features::{Features, MaskError};
+use datapath::reactor::pool_file::{PoolFile, PoolFileError};
+pub use datapath::store::lane::AckPolicy;
+use datapath::store::lane::Lane;
+use thiserror::Error;
+
+use crate::listener::{ListenAddress, ListenError, Listener};
+use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, format_pool, recover_pool};
+use crate::shards::{Shards, ShardsConfig, ShardsError};
+use crate::size::Size;
+use crate::stop::StopSignals;
+use crate::volume_name::VolumeName;
+
+/// A volume to serve, created if the pool does not have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeConfig {
+    /// Its name.
+    pub name: VolumeName,
+    /// Its size.
+    pub size: Size,
+}
+
+/// All that `berth serve` is told.
+#[derive(Clone, Debug)]
+pub struct ServeConfig {
+    /// Files or block devices of the pools.
+    pub pools: Vec<PathBuf>,
+    /// Makes pools that do not exist, with this size, and grows those that are smaller.
+    pub pool_size: Option<Size>,
+    /// The volumes.
+    pub volumes: Vec<VolumeConfig>,
+    /// Where NBD clients come in; sockets from systemd are added.
+    pub nbd: Vec<ListenAddress>,
+    /// Shards; without it, one for each of `cpus`, else one or two.
+    pub threads: Option<usize>,
+    /// Processors to use.
+    pub cpus: Option<CpuList>,
+    /// When a write is answered.
+    pub ack: AckPolicy,
+    /// Memory for the map of all volumes.
+    pub map_cache: Option<Size>,
+    /// Where Prometheus comes in.
+    pub metrics: Option<String>,
+    /// Refuse every change.
+    pub read_only: bool,
+}
+
+/// Why `berth serve` ended.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// A pool cannot be used.
+    #[error(transparent)]
+    Pool(#[from] PoolFileError),
+    /// A pool does not exist and nobody said how large it shall be.
+    #[error("{0}: there is no such pool; give --pool-size to make it")]
+    NoPool(PathBuf),
+    /// Nothing to listen on, or it is taken.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The processors asked for.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
+    /// The mask of features.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
+    /// The shards.
+    #[error(transparent)]
+    Shards(#[from] ShardsError),
+    /// Signals or the metrics' address.
+    #[error("{step}: {source}")]
+    Process {
+        /// What was tried.
+        step: &'static str,
+        /// What the kernel answered.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The content of a pool.
+    #[error(transparent)]
+    Content(#[from] PoolsError),
+    /// A disk failed while the volumes were being brought up.
+    #[error("the shards ended before they were ready")]
+    NotReady,
+}
+
+/// Serves until it is told to stop. To be called before the process has started a thread.
+///
+/// # Errors
+/// If it cannot start, or a shard failed.
+pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
+    let process = |step| move |source| ServeError::Process { step, source };
+    let signals = StopSignals::block().map_err(process("block signals"))?;
+    let features = Features::allowed_by_environment()?;
+    // One shard runs all lanes.
+    let cpus = CpuList::allowed()?.assign(config.cpus.as_ref(), Some(1))?;
+    let settings = LaneSettings { ack: config.ack, map_cache: config.map_cache, read_only: config.read_only };
+    let mut files = Vec::new();
+    let mut pools = Vec::new();
+    for path in &config.pools {
+        let file = open_pool(path, config.pool_size)?;
+        pools.push(recover_pool(&file, &settings)?);
+        files.push(file);
+    }
+    let lengths_bytes: Vec<u64> = files.iter().map(PoolFile::length_bytes).collect();
+    let shard = build_shard(pools, &lengths_bytes, &config.volumes, &settings)?;
+    let mut listeners = Listener::activated()?;
+    for address in &config.nbd {
+        listeners.push(Listener::bind(address)?);
+    }
+    let (sender, stops) = channel();
+    signals
+        .watch(move |stop| {
+            tracing::info!(?stop, "told to stop");
+            // The receiver is gone when the shards have ended already.
+            let _ = sender.send(stop);
+        })
+        .map_err(process("watch signals"))?;
+    let names: Vec<String> =
+        shard.lanes().flat_map(Lane::volumes).map(|volume| volume.record.name.clone()).collect();
+    let devices = files.iter().map(PoolFile::file).collect();
+    let shards =
+        Shards::start(vec![shard], &ShardsConfig { listeners: &listeners, devices, cpus, features })?;
+    if !shards.wait_until_open() {
+        shards.run(stops)?;
+        return Err(ServeError::NotReady);
+    }
+    announce(&listeners, &names);
+    shards.run(stops)?;
+    Ok(())
+}
+
+/// Opens a pool, made or grown to the wished size.
+fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
+    let exists = path.try_exists().map_err(|source| PoolFileError::Open { path: path.to_owned(), source })?;
+    let pool = match (exists, size) {
+        (true, None) => PoolFile::open(path)?,
+        (true, Some(size)) => {
+            let mut pool = PoolFile::open(path)?;
+            if pool.length_bytes() < size.bytes {
+                pool.grow(size.bytes)?;
+            }
+            pool
+        }
+        (false, Some(size)) => {
+            let pool = PoolFile::create(path, size.bytes)?;
+            format_pool(&pool, LANES)?;
+            pool
+        }
+        (false, None) => return Err(ServeError::NoPool(path.to_owned())),
+    };
+    if !pool.is_direct() {
+        tracing::warn!(pool = %path.display(), "the filesystem has no direct I/O; the page cache is in between");
+    }
+    let (length_bytes, volatile_cache) = (pool.length_bytes(), pool.has_volatile_cache());
+    tracing::info!(pool = %path.display(), length_bytes, volatile_cache, "pool");
+    Ok(pool)
+}
+
+/// Prints on standard output the URIs under which clients find the volumes.
+fn announce(listeners: &[Listener], volumes: &[String]) {
+    for volume in volumes {
+        let Ok(name) = volume.parse() else { continue };
+        for listener in listeners {
+            println!("ready {}", listener.uri(&name));
+        }
+    }
+}
