@@ -1,0 +1,118 @@
+//! Runs the data path in a deterministic world, seed after seed.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use datapath::store::bugs::Bugs;
+use system_tests::sim::berth::BerthSubject;
+use system_tests::sim::canary::{BUGS, CanarySubject};
+use system_tests::sim::runner::{Options, run, summary};
+
+/// Simulate seeds; a failing one prints how to replay it.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Number of seeds.
+    #[arg(long, default_value_t = 200)]
+    seeds: u64,
+    /// Run this seed only.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// First seed.
+    #[arg(long, default_value_t = 0)]
+    from: u64,
+    /// Threads.
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Print everything that happens.
+    #[arg(long)]
+    verbose: bool,
+    /// Run every seed twice and compare.
+    #[arg(long)]
+    twice: bool,
+    /// Simulate the canary, a small block server, in place of Berth.
+    #[arg(long)]
+    canary: bool,
+    /// Plant this bug and expect that it is found. Those of Berth need a build with the feature planted-bugs.
+    #[arg(long)]
+    bug: Option<String>,
+    /// With --bug: fail if it is not found within this many seeds.
+    #[arg(long, default_value_t = 2000)]
+    until_found: u64,
+    /// With --bug and --seed: show the failure instead of being glad of it.
+    #[arg(long)]
+    explain: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let hunted = arguments.bug.is_some() && !arguments.explain;
+    let (first, count) = match arguments.seed {
+        Some(seed) => (seed, 1),
+        None if hunted => (arguments.from, arguments.until_found),
+        None => (arguments.from, arguments.seeds),
+    };
+    let options = Options {
+        first,
+        count,
+        jobs: arguments.jobs.max(1),
+        verbose: arguments.verbose,
+        twice: arguments.twice,
+        expect_failure: hunted,
+        subject_arguments: subject_arguments(&arguments),
+    };
+    let report = if arguments.canary {
+        let bug = match canary_bug(arguments.bug.as_deref()) {
+            Ok(bug) => bug,
+            Err(error) => return refuse(&error),
+        };
+        run(&options, || CanarySubject { bug })
+    } else {
+        let bugs = match berth_bugs(arguments.bug.as_deref()) {
+            Ok(bugs) => bugs,
+            Err(error) => return refuse(&error),
+        };
+        run(&options, || BerthSubject::new(bugs))
+    };
+    if hunted {
+        eprintln!("the planted bug was not found in {count} seeds");
+        return ExitCode::FAILURE;
+    }
+    println!("{count} seeds held\n{}", summary(&report));
+    ExitCode::SUCCESS
+}
+
+fn refuse(error: &str) -> ExitCode {
+    eprintln!("simulate: {error}");
+    ExitCode::FAILURE
+}
+
+fn subject_arguments(arguments: &Arguments) -> String {
+    let canary = if arguments.canary { "--canary " } else { "" };
+    let bug = arguments.bug.as_ref().map_or_else(String::new, |name| format!("--bug {name} --explain "));
+    format!("{canary}{bug}")
+}
+
+fn canary_bug(name: Option<&str>) -> Result<Option<system_tests::sim::canary::Bug>, String> {
+    let Some(name) = name else { return Ok(None) };
+    let found = BUGS.iter().find(|(known, _)| *known == name).map(|(_, bug)| Some(*bug));
+    found.ok_or_else(|| {
+        format!("no bug is called {name}; there are: {}", BUGS.map(|(known, _)| known).join(", "))
+    })
+}
+
+#[cfg(feature = "planted-bugs")]
+fn berth_bugs(name: Option<&str>) -> Result<Bugs, String> {
+    use datapath::store::bugs::PlantedBug;
+    let Some(name) = name else { return Ok(Bugs::none()) };
+    let found = PlantedBug::ALL.iter().find(|(_, known)| *known == name).map(|(bug, _)| Bugs::planted(*bug));
+    let names = PlantedBug::ALL.map(|(_, known)| known).join(", ");
+    found.ok_or_else(|| format!("no bug is called {name}; there are: {names}"))
+}
+
+#[cfg(not(feature = "planted-bugs"))]
+fn berth_bugs(name: Option<&str>) -> Result<Bugs, String> {
+    match name {
+        None => Ok(Bugs::none()),
+        Some(_) => Err("build with --features planted-bugs to plant bugs in Berth".to_owned()),
+    }
+}

@@ -1,0 +1,358 @@
+//! One seed: a pool is formatted, lives through crash after crash, and must keep every promise.
+//!
+//! A *life* goes from the start of an engine to a kill, a power cut or an orderly stop. In each, clients first
+//! or meanwhile read back all that the volumes hold. The last life has a healthy disk: everything must be
+//! answered, all data be right, the stop be clean and the pool pass its own check.
+
+mod life;
+
+use datapath::units::Moment;
+
+use self::life::{Ending, Life, Outcome};
+use super::client::ClientCounts;
+use super::disk::{Disk, DiskFaults};
+use super::memory::SimMemory;
+use super::oracle::{Crash, Oracle};
+use super::random::Random;
+use super::subject::{DiskReader, Setup, StartError, Subject, SubjectCounts, Survives, VolumeSpec};
+use super::trace;
+use super::workload::Pattern;
+
+/// Requests of one seed, at least.
+const REQUESTS_MIN: u64 = 2_000;
+/// Kills and power cuts of one seed, at least.
+const CRASHES_MIN: u64 = 5;
+/// Lives after which a seed ends even if it has not reached these: its crashes came too early.
+const LIVES_MAX: u64 = 40;
+const MIB: u64 = 1 << 20;
+
+/// Which kinds of trouble a seed has. Each is absent in many seeds, so that none hides behind another.
+#[derive(Clone, Debug)]
+struct Swarm {
+    /// Percentage of lives in which the disk reports errors.
+    errors: u64,
+    stalls: u64,
+    rot: bool,
+    lies: bool,
+    tear_bytes: usize,
+    delay_ns_max: u64,
+    /// Chances per million occasions.
+    disconnects: u64,
+    reading_pauses: u64,
+    idle_pauses: u64,
+    clients: u64,
+    pattern: Pattern,
+}
+
+/// What a seed did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Report {
+    /// What clients did.
+    pub clients: ClientCounts,
+    /// Engines started.
+    pub lives: u64,
+    /// Power cuts.
+    pub power_cuts: u64,
+    /// Kills.
+    pub kills: u64,
+    /// Orderly stops.
+    pub drains: u64,
+    /// Crashes before the engine had answered a request.
+    pub early_crashes: u64,
+    /// Damaged images that were refused.
+    pub refusals: u64,
+    /// Errors that the disk reported.
+    pub disk_errors: u64,
+    /// Bits flipped.
+    pub flipped_bits: u64,
+    /// Bytes written to the disk.
+    pub disk_written_bytes: u64,
+    /// Turns of the engines.
+    pub turns: u64,
+    /// Virtual time.
+    pub virtual_ns: u64,
+    /// What the subject did.
+    pub subject: SubjectCounts,
+    /// Two runs of a seed must have the same one.
+    pub digest: u64,
+}
+
+impl Report {
+    /// Adds another seed's numbers.
+    pub fn add(&mut self, other: &Report) {
+        self.clients.requests += other.clients.requests;
+        self.clients.answers += other.clients.answers;
+        self.clients.errors += other.clients.errors;
+        self.clients.written_bytes += other.clients.written_bytes;
+        self.clients.read_bytes += other.clients.read_bytes;
+        self.lives += other.lives;
+        self.power_cuts += other.power_cuts;
+        self.kills += other.kills;
+        self.drains += other.drains;
+        self.early_crashes += other.early_crashes;
+        self.refusals += other.refusals;
+        self.disk_errors += other.disk_errors;
+        self.flipped_bits += other.flipped_bits;
+        self.disk_written_bytes += other.disk_written_bytes;
+        self.turns += other.turns;
+        self.virtual_ns += other.virtual_ns;
+        self.subject.add(&other.subject);
+        self.digest ^= other.digest;
+    }
+}
+
+impl SubjectCounts {
+    fn add(&mut self, other: &SubjectCounts) {
+        self.checkpoints += other.checkpoints;
+        self.cleaned_segments += other.cleaned_segments;
+        self.batches += other.batches;
+    }
+}
+
+/// Runs one seed to its end.
+///
+/// # Panics
+/// When a promise is broken. The thread's [`trace`] tells how it came to that.
+pub fn run_seed<S: Subject>(seed: u64, subject: &mut S, verbose: bool) -> Report {
+    trace::begin(seed, verbose);
+    let mut world = World::new(seed, subject);
+    while world.report.lives < LIVES_MAX
+        && (world.report.clients.answers < REQUESTS_MIN || world.crashes() < CRASHES_MIN)
+    {
+        if !world.live(false) {
+            return world.finish();
+        }
+    }
+    if world.live(true) {
+        world.check_pool();
+    }
+    world.finish()
+}
+
+struct World<'a, S: Subject> {
+    subject: &'a mut S,
+    setup: Setup,
+    swarm: Swarm,
+    oracles: Vec<Oracle>,
+    /// Lent to the engine while it lives.
+    disk: Option<Disk>,
+    memory: Option<SimMemory>,
+    now: Moment,
+    random: Random,
+    report: Report,
+}
+
+impl<'a, S: Subject> World<'a, S> {
+    fn new(seed: u64, subject: &'a mut S) -> World<'a, S> {
+        let mut random = Random::new(seed);
+        let mut setup = draw_setup(seed, &mut random.fork("setup", 0));
+        subject.adapt(&mut setup);
+        let survives = subject.survives(&setup);
+        let swarm = draw_swarm(&mut random.fork("swarm", 0), &setup, survives);
+        let mut disk = Disk::new(setup.disk_bytes, random.fork("disk", 0));
+        subject.format(&setup, &mut disk);
+        let promises = subject.promises(&setup);
+        let oracles =
+            (0..).zip(&setup.volumes).map(|(index, volume)| Oracle::new(index, volume.size_bytes, promises));
+        let now = Moment(random.range(0..=1 << 40));
+        World {
+            oracles: oracles.collect(),
+            memory: None,
+            disk: Some(disk),
+            subject,
+            setup,
+            swarm,
+            now,
+            random,
+            report: Report::default(),
+        }
+    }
+
+    fn crashes(&self) -> u64 {
+        self.report.power_cuts + self.report.kills
+    }
+
+    fn disk(&mut self) -> &mut Disk {
+        self.disk.as_mut().expect("no engine has the disk between lives")
+    }
+
+    /// One life. Returns false if damage that a single copy cannot repair ends the story.
+    fn live(&mut self, last: bool) -> bool {
+        let number = self.report.lives;
+        let mut random = self.random.fork("life", number);
+        self.prepare_disk(last, &mut random);
+        let Some(engine) = self.start() else { return false };
+        self.report.lives += 1;
+        let ending = if last { Ending::last() } else { Ending::draw(&mut random) };
+        trace::note(self.now, "life begins: number, last", [number, u64::from(last), 0]);
+        let disk = self.disk.take().expect("the disk is here");
+        let (errors, failed_syncs) = (disk.counts.errors, disk.counts.failed_syncs);
+        let plan = self.subject.memory_plan(&self.setup);
+        let answers = self.report.clients.answers;
+        let life = Life::new(engine, disk, self.now, &plan, self, ending, random);
+        let (outcome, driver) = life.run();
+        self.report.subject.add(&self.subject.counts(&driver.engine));
+        self.report.turns += driver.counts.turns;
+        let (memory, mut disk, now, _engine) = driver.dismantle();
+        self.report.virtual_ns += now.since_ns(self.now);
+        self.now = now.after_ns(1_000_000);
+        let lost_by_sync = disk.counts.failed_syncs > failed_syncs;
+        let failed = disk.counts.errors > errors;
+        let crash = self.end(outcome, &mut disk, failed);
+        let crash = if lost_by_sync { Crash::PowerCut } else { crash };
+        if self.report.clients.answers == answers && outcome != Outcome::Drained {
+            self.report.early_crashes += 1;
+        }
+        for oracle in &mut self.oracles {
+            if outcome == Outcome::Drained && !failed {
+                oracle.drain();
+            }
+            oracle.crash(crash);
+        }
+        self.disk = Some(disk);
+        self.memory = Some(memory);
+        true
+    }
+
+    /// Does to the disk what the end of the process means.
+    fn end(&mut self, outcome: Outcome, disk: &mut Disk, failed: bool) -> Crash {
+        trace::note(
+            self.now,
+            "life ends: 0 kill 1 power cut 2 drained",
+            [outcome as u64, u64::from(failed), 0],
+        );
+        match outcome {
+            Outcome::Killed => {
+                self.report.kills += 1;
+                disk.kill();
+                Crash::Kill
+            }
+            Outcome::PowerCut => {
+                self.report.power_cuts += 1;
+                disk.cut_power();
+                Crash::PowerCut
+            }
+            // An orderly stop must leave nothing that a power cut could take.
+            Outcome::Drained => {
+                self.report.drains += 1;
+                disk.cut_power();
+                Crash::PowerCut
+            }
+        }
+    }
+
+    fn prepare_disk(&mut self, last: bool, random: &mut Random) {
+        let swarm = self.swarm.clone();
+        let errors = if random.percent(swarm.errors) { random.skewed(1_000..=50_000) } else { 0 };
+        let mut faults = DiskFaults {
+            write_errors: if random.percent(50) { errors } else { 0 },
+            read_errors: if random.percent(50) { errors } else { 0 },
+            sync_errors: if random.percent(50) { errors * 10 } else { 0 },
+            stalls: swarm.stalls,
+            lost_writes: if swarm.lies { 2_000 } else { 0 },
+            misdirected_writes: if swarm.lies { 2_000 } else { 0 },
+            tear_bytes: swarm.tear_bytes,
+            delay_ns_max: swarm.delay_ns_max,
+        };
+        if last {
+            faults = DiskFaults { tear_bytes: swarm.tear_bytes, ..DiskFaults::none() };
+            self.disk().repair_rot();
+        }
+        self.disk().faults = faults;
+        if swarm.rot && !last && random.percent(40) {
+            let count = crate::to_usize(random.skewed(1..=20));
+            let (subject, setup) = (&*self.subject, &self.setup);
+            let disk = self.disk.as_mut().expect("no engine has the disk between lives");
+            let flipped = disk.flip_bits(count, |offset| subject.may_rot(setup, offset));
+            self.report.flipped_bits += flipped as u64;
+        }
+    }
+
+    /// Starts an engine. A refusal must be deserved, and be over once its cause is gone.
+    fn start(&mut self) -> Option<S::Engine> {
+        loop {
+            let disk = self.disk.as_mut().expect("no engine has the disk between lives");
+            let errors = disk.counts.errors;
+            // A refused start keeps its memory; the next one begins with new memory.
+            let total_bytes = self.subject.memory_plan(&self.setup).total_bytes;
+            let mut memory = self.memory.take().unwrap_or_else(|| SimMemory::new(total_bytes));
+            memory.reset();
+            let error = match self.subject.start(&self.setup, self.now, &mut DiskReader::new(disk), memory) {
+                Ok(engine) => return Some(engine),
+                Err(error) => error,
+            };
+            self.report.refusals += 1;
+            let (rotten, lied) = (disk.is_rotten(), disk.counts.lies > 0);
+            let unreadable = disk.counts.errors > errors;
+            trace::note(
+                self.now,
+                "start refused: rotten, lied, unreadable",
+                [rotten.into(), lied.into(), unreadable.into()],
+            );
+            assert!(rotten || lied || unreadable, "an undamaged image is refused: {error}");
+            assert!(unreadable || matches!(error, StartError::Refused(_)), "no read failed, but: {error}");
+            if lied {
+                return None;
+            }
+            disk.repair_rot();
+            disk.faults.read_errors = 0;
+        }
+    }
+
+    fn check_pool(&mut self) {
+        let disk = self.disk.as_mut().expect("no engine has the disk between lives");
+        if disk.counts.lies > 0 {
+            return;
+        }
+        if let Err(damage) = self.subject.check(&self.setup, &mut DiskReader::new(disk)) {
+            panic!("the pool is damaged after an orderly stop: {damage}");
+        }
+    }
+
+    fn finish(mut self) -> Report {
+        let counts = self.disk().counts;
+        self.report.digest = trace::digest();
+        self.report.disk_errors = counts.errors;
+        self.report.disk_written_bytes = counts.written_bytes;
+        self.report
+    }
+}
+
+fn draw_setup(seed: u64, random: &mut Random) -> Setup {
+    let disk_bytes = *random.pick(&[16 * MIB, 24 * MIB, 32 * MIB, 64 * MIB]);
+    let count = random.range(1..=3);
+    // At most a quarter of the disk: what else there must be room for is the subject's business.
+    let size_max = (disk_bytes / 4 / count).min(6 * MIB);
+    let volume = |index: u64, random: &mut Random| VolumeSpec {
+        name: format!("volume-{index}"),
+        size_bytes: random.range(16..=size_max / 4096) * 4096,
+    };
+    Setup {
+        seed,
+        disk_bytes,
+        volumes: (0..count).map(|index| volume(index, random)).collect(),
+        durable_acks: random.percent(40),
+        prefer_fua: random.percent(30),
+        request_bytes_max: *random.pick(&[256 << 10, MIB, MIB, 3 * MIB]),
+        may_fill: false,
+        random: random.fork("subject", 0),
+    }
+}
+
+fn draw_swarm(random: &mut Random, setup: &Setup, survives: Survives) -> Swarm {
+    let some =
+        |random: &mut Random, percent: u64, value: u64| if random.percent(percent) { value } else { 0 };
+    Swarm {
+        errors: if survives.errors { some(random, 40, 50) } else { 0 },
+        stalls: some(random, 20, 300),
+        rot: survives.rot && random.percent(25),
+        lies: survives.lies && random.percent(4),
+        tear_bytes: *random.pick(&[512, 4096]),
+        delay_ns_max: *random.pick(&[5_000, 50_000, 200_000, 2_000_000]),
+        disconnects: some(random, 40, 3_000),
+        reading_pauses: some(random, 30, 2_000),
+        idle_pauses: some(random, 40, 3_000),
+        clients: random.range(1..=5),
+        pattern: Pattern::draw(random, setup.request_bytes_max),
+    }
+}
