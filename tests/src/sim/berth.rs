@@ -170,6 +170,10 @@ impl Subject for BerthSubject {
         counts
     }
 
+    fn describe(&self, engine: &Shard<SimMemory>) -> String {
+        engine.describe()
+    }
+
     fn check(&mut self, _setup: &Setup, disk: &mut DiskReader<'_>) -> Result<(), String> {
         let (layout, lanes) = self.recover(disk).map_err(|error| error.to_string())?;
         for mut recovered in lanes {

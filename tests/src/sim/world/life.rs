@@ -456,7 +456,11 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     fn handle_server_close(&mut self, index: usize) {
         let draining = self.stage == Stage::Draining;
         let excused = draining || self.sessions[index].was_paused || self.failed();
-        assert!(excused, "the server closed the connection of session {index} without a reason");
+        assert!(
+            excused,
+            "the server closed the connection of session {index} without a reason: {}",
+            self.describe()
+        );
         let (mut client, id) = self.sessions[index].client.take().expect("connected");
         client.leave(&mut self.world.oracles[self.sessions[index].volume]);
         add_counts(&mut self.world.report.clients, &client.counts);
@@ -484,6 +488,10 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         }
     }
 
+    fn describe(&self) -> String {
+        self.world.subject.describe(&self.driver.engine)
+    }
+
     /// Is anything stuck?
     fn watch(&mut self) -> Option<Outcome> {
         let now = self.driver.now();
@@ -496,14 +504,18 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         self.happenings_seen = happenings;
         if self.stage == Stage::Draining && now.since_ns(self.drain_began) > ANSWER_NS_MAX {
             // With a failed disk nothing can be made safe any more.
-            assert!(self.failed(), "the engine does not stop");
+            assert!(self.failed(), "the engine does not stop: {}", self.describe());
             return Some(Outcome::Killed);
         }
         for session in &self.sessions {
             let Some((client, id)) = &session.client else { continue };
             let since = if client.is_ready() { client.oldest_pending() } else { Some(session.connected_at) };
             let waiting = since.map_or(0, |since| now.since_ns(since));
-            assert!(waiting < ANSWER_NS_MAX, "{id:?} waits for an answer since {since:?}: {client:?}");
+            assert!(
+                waiting < ANSWER_NS_MAX,
+                "{id:?} waits for an answer since {since:?}: {client:?}\n{}",
+                self.describe()
+            );
         }
         self.driver.plan(WATCH_NS, Plan::Watch);
         None
