@@ -211,7 +211,22 @@ impl<M: Memory> Shard<M> {
         let lane = (token.0 >> 24) as usize;
         let token = DiskToken(token.0 & 0x00ff_ffff);
         self.with_lane(lane, |lane, context| lane.handle_disk(context, token, result.is_ok()));
+        if result.is_err() && self.lanes[lane].lane.has_failed() {
+            self.fail_neighbours(lane);
+        }
         self.take_completions(lane);
+    }
+
+    /// A failed sync is told to one caller only and may have dropped what another lane wrote, whose own next sync
+    /// would then succeed: all lanes of the device stop writing.
+    fn fail_neighbours(&mut self, failed: usize) {
+        let device = self.lanes[failed].device;
+        for lane in (0..self.lanes.len()).filter(|lane| *lane != failed) {
+            if self.lanes[lane].device == device {
+                self.with_lane(lane, Lane::fail);
+                self.take_completions(lane);
+            }
+        }
     }
 
     fn take_completions(&mut self, lane: usize) {

@@ -487,9 +487,9 @@ impl Lane {
         }
     }
 
-    /// A write or sync failed. What waits will never be safe: it is answered with an error, and so is all that
+    /// A write or sync of the device failed, this lane's or another's. What waits will never be safe: it is answered with an error, and so is all that
     /// comes. Nothing is retried in hope: after a failed sync the kernel may have dropped what it could not write.
-    fn fail<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+    pub fn fail<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         if std::mem::replace(&mut self.failed, true) {
             return;
         }
