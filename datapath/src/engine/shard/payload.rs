@@ -65,6 +65,10 @@ impl<M: Memory> Shard<M> {
     fn append_from_buffer(&mut self, id: ConnectionId, task: u32) -> bool {
         let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
         let Some(input) = connection.input else { return false };
+        if self.tasks.get(task).begun_bytes > 0 {
+            // An earlier piece was received: the input no longer begins with the request's first byte.
+            return false;
+        }
         let request = self.tasks.get(task).request;
         let aligned = (request.offset_bytes | request.length_bytes).is_multiple_of(BLOCK_BYTES_U64);
         let short = request.length_bytes < u64::from(EXACT_RECEIVE_BYTES_MIN);
