@@ -3,8 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use system_tests::sim::canary::{BUGS, CanarySubject};
+use datapath::store::bugs::PlantedBug;
+use system_tests::sim::canary::{BUGS, Bug, CanarySubject};
 use system_tests::sim::runner::{Options, run, summary};
+use system_tests::sim::shard::ShardSubject;
 
 /// Simulate seeds; a failing one prints how to replay it.
 #[derive(Debug, Parser)]
@@ -27,9 +29,12 @@ struct Arguments {
     /// Run every seed twice and compare.
     #[arg(long)]
     twice: bool,
-    /// Plant this bug and expect that it is found.
+    /// Plant this bug and expect that it is found. A bug of the store needs --features planted-bugs.
     #[arg(long)]
     bug: Option<String>,
+    /// Run the canary, not the store.
+    #[arg(long)]
+    canary: bool,
     /// With --bug: fail if it is not found within this many seeds.
     #[arg(long, default_value_t = 2000)]
     until_found: u64,
@@ -38,19 +43,23 @@ struct Arguments {
     explain: bool,
 }
 
+/// What the seeds are run on.
+#[derive(Clone, Copy, Debug)]
+enum Choice {
+    Canary(Option<Bug>),
+    Shard(Option<PlantedBug>),
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let bug = match arguments.bug.as_deref() {
-        None => None,
-        Some(name) => match BUGS.iter().find(|(known, _)| *known == name) {
-            Some((_, bug)) => Some(*bug),
-            None => {
-                eprintln!("no bug is called {name}; there are: {}", BUGS.map(|(known, _)| known).join(", "));
-                return ExitCode::FAILURE;
-            }
-        },
+    let choice = match choose(&arguments) {
+        Ok(choice) => choice,
+        Err(message) => {
+            eprintln!("{message}");
+            return ExitCode::FAILURE;
+        }
     };
-    let hunted = bug.is_some() && !arguments.explain;
+    let hunted = arguments.bug.is_some() && !arguments.explain;
     let (first, count) = match arguments.seed {
         Some(seed) => (seed, 1),
         None if hunted => (arguments.from, arguments.until_found),
@@ -63,13 +72,40 @@ fn main() -> ExitCode {
         verbose: arguments.verbose,
         twice: arguments.twice,
         expect_failure: hunted,
-        subject_arguments: arguments.bug.map_or_else(String::new, |name| format!("--bug {name} --explain ")),
+        subject_arguments: subject_arguments(&arguments),
     };
-    let report = run(&options, || CanarySubject { bug });
+    let report = match choice {
+        Choice::Canary(bug) => run(&options, || CanarySubject { bug }),
+        Choice::Shard(bug) => run(&options, || ShardSubject::new(bug)),
+    };
     if hunted {
         eprintln!("the planted bug was not found in {count} seeds");
         return ExitCode::FAILURE;
     }
     println!("{count} seeds held\n{}", summary(&report));
     ExitCode::SUCCESS
+}
+
+fn choose(arguments: &Arguments) -> Result<Choice, String> {
+    let Some(name) = arguments.bug.as_deref() else {
+        return Ok(if arguments.canary { Choice::Canary(None) } else { Choice::Shard(None) });
+    };
+    if let (true, Some((_, bug))) = (arguments.canary, BUGS.iter().find(|(known, _)| *known == name)) {
+        return Ok(Choice::Canary(Some(*bug)));
+    }
+    if let (false, Some((bug, _))) = (arguments.canary, PlantedBug::ALL.iter().find(|(_, known)| *known == name)) {
+        if cfg!(not(feature = "planted-bugs")) {
+            return Err("build with --features planted-bugs to plant bugs in the store".to_owned());
+        }
+        return Ok(Choice::Shard(Some(*bug)));
+    }
+    let store = PlantedBug::ALL.map(|(_, name)| name).join(", ");
+    let canary = BUGS.map(|(name, _)| name).join(", ");
+    Err(format!("no bug is called {name}\n  in the store: {store}\n  with --canary: {canary}"))
+}
+
+fn subject_arguments(arguments: &Arguments) -> String {
+    let canary = if arguments.canary { "--canary " } else { "" };
+    let bug = arguments.bug.as_deref().map_or_else(String::new, |name| format!("--bug {name} --explain "));
+    format!("{canary}{bug}")
 }

@@ -403,6 +403,7 @@ impl Canary {
 
 impl Engine for Canary {
     type Memory = SimMemory;
+    type Report = u64;
 
     fn handle_event(&mut self, _now: Moment, event: Event) {
         match event {
@@ -461,6 +462,15 @@ impl Engine for Canary {
 
     fn send_pieces(&self, connection: ConnectionId) -> &[MemoryRange] {
         &self.connections[&connection.0].sending
+    }
+
+    /// Answers given.
+    fn report(&self) -> u64 {
+        self.answers
+    }
+
+    fn is_open(&self) -> bool {
+        self.ready
     }
 
     fn is_drained(&self) -> bool {
