@@ -29,6 +29,9 @@ struct Arguments {
     /// Run every seed twice and compare.
     #[arg(long)]
     twice: bool,
+    /// Print a backtrace of a failure.
+    #[arg(long)]
+    backtrace: bool,
     /// Plant this bug and expect that it is found. A bug of the store needs --features planted-bugs.
     #[arg(long)]
     bug: Option<String>,
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         jobs: arguments.jobs.max(1),
         verbose: arguments.verbose,
         twice: arguments.twice,
+        backtrace: arguments.backtrace,
         expect_failure: hunted,
         subject_arguments: subject_arguments(&arguments),
     };

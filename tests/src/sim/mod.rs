@@ -8,7 +8,7 @@
 //!      └─ clock  random  trace
 //! ```
 //!
-//! A seed decides everything. `shard` puts the store and its engine into this world; `canary` holds a small block server with bugs on request, which proves that the
+//! A seed decides everything. `berth` puts the real shard into this world; `canary` holds a small block server with bugs on request, which proves that the
 //! alarms ring.
 
 pub mod bytes;
@@ -22,7 +22,6 @@ pub mod network;
 pub mod oracle;
 pub mod random;
 pub mod runner;
-pub mod shard;
 pub mod subject;
 pub mod trace;
 pub mod workload;

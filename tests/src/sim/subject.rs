@@ -151,6 +151,11 @@ pub trait Subject {
     /// What the engine did in its life.
     fn counts(&self, engine: &Self::Engine) -> SubjectCounts;
 
+    /// What the engine is doing, for the message of a failure.
+    fn describe(&self, _engine: &Self::Engine) -> String {
+        String::new()
+    }
+
     /// Checks a drained pool from outside: every block accounted for, every checksum right.
     ///
     /// # Errors

@@ -496,17 +496,25 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         self.happenings_seen = happenings;
         if self.stage == Stage::Draining && now.since_ns(self.drain_began) > ANSWER_NS_MAX {
             // With a failed disk nothing can be made safe any more.
-            assert!(self.failed(), "the engine does not stop");
+            assert!(self.failed(), "the engine does not stop\n{}", self.describe());
             return Some(Outcome::Killed);
         }
         for session in &self.sessions {
             let Some((client, id)) = &session.client else { continue };
             let since = if client.is_ready() { client.oldest_pending() } else { Some(session.connected_at) };
             let waiting = since.map_or(0, |since| now.since_ns(since));
-            assert!(waiting < ANSWER_NS_MAX, "{id:?} waits for an answer since {since:?}: {client:?}");
+            assert!(
+                waiting < ANSWER_NS_MAX,
+                "{id:?} waits for an answer since {since:?}\n{client:?}\n{}",
+                self.describe()
+            );
         }
         self.driver.plan(WATCH_NS, Plan::Watch);
         None
+    }
+
+    fn describe(&self) -> String {
+        format!("{}\n{}", self.driver.describe(), self.world.subject.describe(&self.driver.engine))
     }
 
     /// The process is gone, and with it every connection.
