@@ -1,1 +1,3 @@
+//! What measures Berth: micro-benchmarks, the yardsticks and the ratio runs against other servers.
 
+pub mod echo;

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use berth::bench::{self, BenchArgs};
+
 mod serve;
 
 /// Block volumes for containers.
@@ -18,6 +20,24 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(serve::ServeArguments),
+    Bench(BenchCommand),
+}
+
+/// Load volumes over NBD and measure, or verify that none of it is lost.
+#[derive(Debug, clap::Args)]
+struct BenchCommand {
+    #[command(flatten)]
+    arguments: BenchArgs,
+
+    /// How to print the result.
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Text,
+    Json,
 }
 
 fn main() -> ExitCode {
@@ -25,7 +45,10 @@ fn main() -> ExitCode {
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(colours).init();
     let result = match arguments.command {
-        Command::Serve(arguments) => nbd_server::serve(arguments.into_config()),
+        Command::Serve(arguments) => {
+            nbd_server::serve(arguments.into_config()).map_err(|error| error.to_string())
+        }
+        Command::Bench(command) => run_bench(&command),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -34,4 +57,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn run_bench(command: &BenchCommand) -> Result<(), String> {
+    let report = bench::run(&command.arguments).map_err(|error| error.to_string())?;
+    match command.output {
+        Output::Text => println!("{report}"),
+        Output::Json => {
+            println!("{}", serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?);
+        }
+    }
+    Ok(())
 }

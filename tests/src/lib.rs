@@ -1,6 +1,8 @@
 //! What Berth is tested with: a simulator that runs the data path on a virtual clock, network and disk, and
 //! checks of the source tree itself.
 
+pub mod harness;
+pub mod power_cut_fs;
 pub mod sim;
 pub mod tidy;
 

@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn every_segment_but_the_anchors_is_lent_once() {
-        let layout = Layout::with_segment_blocks([0; 16], 64 << 20, 1, 64).unwrap();
+        let layout = Layout::with_segment_blocks([0; 16], 256 << 20, 1, 256).unwrap();
         let table = SegmentTable::new(layout, 256);
         let mut space = PoolSpace::new(layout, 256, [&table].into_iter(), true);
         assert_eq!(space.free_count(), 252);

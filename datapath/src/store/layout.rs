@@ -21,8 +21,8 @@ pub const FORMAT_VERSION: u32 = 1;
 pub const ANCHORS: u32 = 4;
 /// Lanes that fit: a root block for each, after the header, in the smallest segment.
 pub const LANES_MAX: u32 = 15;
-/// Smallest and largest segment.
-pub const SEGMENT_BLOCKS_MIN: u32 = 16;
+/// Smallest segment, in blocks (1 MiB): a piece of a request is cut in two parts at most.
+pub const SEGMENT_BLOCKS_MIN: u32 = crate::limits::PIECE_BLOCKS_MAX;
 /// Largest segment, in blocks (16 MiB).
 pub const SEGMENT_BLOCKS_MAX: u32 = 4096;
 /// A pool has at least this many segments: anchors, open segments of one lane, and room to clean.
@@ -101,7 +101,7 @@ pub enum LayoutError {
 }
 
 impl Layout {
-    /// The layout of a new pool of `pool_bytes`. Segments are a 1024th of the pool, between 64 KiB and 4 MiB:
+    /// The layout of a new pool of `pool_bytes`. Segments are a 1024th of the pool, between 1 MiB and 4 MiB:
     /// small pools waste little on open segments, large ones have long sequential runs.
     ///
     /// # Errors
@@ -271,13 +271,13 @@ mod tests {
 
     #[test]
     fn anchors_are_apart_and_inside() {
-        for pool_bytes in [4 << 20, 64 << 20, 1 << 30, 8 << 30, 1 << 40, POOL_BYTES_MAX] {
+        for pool_bytes in [32 << 20, 64 << 20, 1 << 30, 8 << 30, 1 << 40, POOL_BYTES_MAX] {
             let layout = Layout::for_new_pool([0; 16], pool_bytes, LANES_MAX).unwrap();
             let anchors: Vec<u32> = (0..ANCHORS).map(|number| layout.anchor(number).0).collect();
             assert_eq!(anchors[0], 0);
             assert!(anchors.is_sorted_by(|a, b| a + 8 <= *b) && anchors[3] < layout.segments_at_format);
             assert!(layout.segment_blocks > LANES_MAX, "a root for each lane fits into an anchor");
         }
-        assert!(Layout::for_new_pool([0; 16], 1 << 20, 1).is_err());
+        assert!(Layout::for_new_pool([0; 16], 31 << 20, 1).is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod bugs;
+pub mod check;
 pub mod checkpoint_body;
 mod fields;
 pub mod format;

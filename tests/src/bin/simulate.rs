@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use datapath::store::bugs::PlantedBug;
-use system_tests::sim::canary::{BUGS, Bug, CanarySubject};
+use datapath::store::bugs::Bugs;
+use system_tests::sim::berth::BerthSubject;
+use system_tests::sim::canary::{BUGS, CanarySubject};
 use system_tests::sim::runner::{Options, run, summary};
-use system_tests::sim::shard::ShardSubject;
 
 /// Simulate seeds; a failing one prints how to replay it.
 #[derive(Debug, Parser)]
@@ -32,12 +32,12 @@ struct Arguments {
     /// Print a backtrace of a failure.
     #[arg(long)]
     backtrace: bool,
-    /// Plant this bug and expect that it is found. A bug of the store needs --features planted-bugs.
-    #[arg(long)]
-    bug: Option<String>,
-    /// Run the canary, not the store.
+    /// Simulate the canary, a small block server, in place of Berth.
     #[arg(long)]
     canary: bool,
+    /// Plant this bug and expect that it is found. Those of Berth need a build with the feature planted-bugs.
+    #[arg(long)]
+    bug: Option<String>,
     /// With --bug: fail if it is not found within this many seeds.
     #[arg(long, default_value_t = 2000)]
     until_found: u64,
@@ -46,22 +46,8 @@ struct Arguments {
     explain: bool,
 }
 
-/// What the seeds are run on.
-#[derive(Clone, Copy, Debug)]
-enum Choice {
-    Canary(Option<Bug>),
-    Shard(Option<PlantedBug>),
-}
-
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let choice = match choose(&arguments) {
-        Ok(choice) => choice,
-        Err(message) => {
-            eprintln!("{message}");
-            return ExitCode::FAILURE;
-        }
-    };
     let hunted = arguments.bug.is_some() && !arguments.explain;
     let (first, count) = match arguments.seed {
         Some(seed) => (seed, 1),
@@ -78,9 +64,18 @@ fn main() -> ExitCode {
         expect_failure: hunted,
         subject_arguments: subject_arguments(&arguments),
     };
-    let report = match choice {
-        Choice::Canary(bug) => run(&options, || CanarySubject { bug }),
-        Choice::Shard(bug) => run(&options, || ShardSubject::new(bug)),
+    let report = if arguments.canary {
+        let bug = match canary_bug(arguments.bug.as_deref()) {
+            Ok(bug) => bug,
+            Err(error) => return refuse(&error),
+        };
+        run(&options, || CanarySubject { bug })
+    } else {
+        let bugs = match berth_bugs(arguments.bug.as_deref()) {
+            Ok(bugs) => bugs,
+            Err(error) => return refuse(&error),
+        };
+        run(&options, || BerthSubject::new(bugs))
     };
     if hunted {
         eprintln!("the planted bug was not found in {count} seeds");
@@ -90,26 +85,38 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn choose(arguments: &Arguments) -> Result<Choice, String> {
-    let Some(name) = arguments.bug.as_deref() else {
-        return Ok(if arguments.canary { Choice::Canary(None) } else { Choice::Shard(None) });
-    };
-    if let (true, Some((_, bug))) = (arguments.canary, BUGS.iter().find(|(known, _)| *known == name)) {
-        return Ok(Choice::Canary(Some(*bug)));
-    }
-    if let (false, Some((bug, _))) = (arguments.canary, PlantedBug::ALL.iter().find(|(_, known)| *known == name)) {
-        if cfg!(not(feature = "planted-bugs")) {
-            return Err("build with --features planted-bugs to plant bugs in the store".to_owned());
-        }
-        return Ok(Choice::Shard(Some(*bug)));
-    }
-    let store = PlantedBug::ALL.map(|(_, name)| name).join(", ");
-    let canary = BUGS.map(|(name, _)| name).join(", ");
-    Err(format!("no bug is called {name}\n  in the store: {store}\n  with --canary: {canary}"))
+fn refuse(error: &str) -> ExitCode {
+    eprintln!("simulate: {error}");
+    ExitCode::FAILURE
 }
 
 fn subject_arguments(arguments: &Arguments) -> String {
     let canary = if arguments.canary { "--canary " } else { "" };
-    let bug = arguments.bug.as_deref().map_or_else(String::new, |name| format!("--bug {name} --explain "));
+    let bug = arguments.bug.as_ref().map_or_else(String::new, |name| format!("--bug {name} --explain "));
     format!("{canary}{bug}")
+}
+
+fn canary_bug(name: Option<&str>) -> Result<Option<system_tests::sim::canary::Bug>, String> {
+    let Some(name) = name else { return Ok(None) };
+    let found = BUGS.iter().find(|(known, _)| *known == name).map(|(_, bug)| Some(*bug));
+    found.ok_or_else(|| {
+        format!("no bug is called {name}; there are: {}", BUGS.map(|(known, _)| known).join(", "))
+    })
+}
+
+#[cfg(feature = "planted-bugs")]
+fn berth_bugs(name: Option<&str>) -> Result<Bugs, String> {
+    use datapath::store::bugs::PlantedBug;
+    let Some(name) = name else { return Ok(Bugs::none()) };
+    let found = PlantedBug::ALL.iter().find(|(_, known)| *known == name).map(|(bug, _)| Bugs::planted(*bug));
+    let names = PlantedBug::ALL.map(|(_, known)| known).join(", ");
+    found.ok_or_else(|| format!("no bug is called {name}; there are: {names}"))
+}
+
+#[cfg(not(feature = "planted-bugs"))]
+fn berth_bugs(name: Option<&str>) -> Result<Bugs, String> {
+    match name {
+        None => Ok(Bugs::none()),
+        Some(_) => Err("build with --features planted-bugs to plant bugs in Berth".to_owned()),
+    }
 }

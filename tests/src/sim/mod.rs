@@ -11,6 +11,7 @@
 //! A seed decides everything. `berth` puts the real shard into this world; `canary` holds a small block server with bugs on request, which proves that the
 //! alarms ring.
 
+pub mod berth;
 pub mod bytes;
 pub mod canary;
 pub mod client;

@@ -128,18 +128,18 @@ impl<M: Memory> Shard<M> {
         let payload = connection.payload.as_mut().expect("a payload under way");
         let (write, filled) = payload.piece.as_mut().expect("a piece under way");
         let target = write.payload_bytes();
+        let mut taken = 0;
         if let Some(input) = connection.input {
-            let length = input.rest.len.min(target.len - *filled);
-            self.memory.copy(input.rest.part(0, length), target.part(*filled, length));
-            *filled += length;
-            let complete = *filled == target.len;
-            self.consume(id, length);
-            if complete {
-                self.submit_piece(id);
-            }
-            return complete;
+            taken = input.rest.len.min(target.len - *filled);
+            self.memory.copy(input.rest.part(0, taken), target.part(*filled, taken));
+            *filled += taken;
         }
         let rest = target.part(*filled, target.len - *filled);
+        self.consume(id, taken);
+        if rest.len == 0 {
+            self.submit_piece(id);
+            return true;
+        }
         if rest.len >= EXACT_RECEIVE_BYTES_MIN {
             self.receive_exact(id, rest);
         } else {

@@ -65,6 +65,12 @@ impl Lane {
         if self.streams[kind.index()].open.is_some() {
             self.seal(context, kind, false);
         }
+        if self.blocks_left(kind) < 2 {
+            if !self.can_advance(kind, entry.kind) {
+                return false;
+            }
+            self.advance_segment(kind);
+        }
         let left = self.blocks_left(kind);
         if left > entry.count {
             self.write_run(context, entry, payload, record);
@@ -73,12 +79,7 @@ impl Lane {
         if !self.can_advance(kind, entry.kind) {
             return false;
         }
-        let page = if left >= 2 { context.pages.allocate(1) } else { None };
-        let Some(page) = page else {
-            self.advance_segment(kind);
-            self.write_run(context, entry, payload, record);
-            return true;
-        };
+        let Some(page) = context.pages.allocate(1) else { return false };
         self.write_run_in_two(context, entry, payload, page, left - 1, record);
         true
     }

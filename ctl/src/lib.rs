@@ -1,0 +1,3 @@
+//! The control plane and the tools of the `berth` binary.
+
+pub mod bench;
