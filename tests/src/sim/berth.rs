@@ -1,7 +1,7 @@
 //! Berth's shard as a subject: a pool of one or two lanes on the simulated disk.
 
 use datapath::engine::pool_space::PoolSpace;
-use datapath::engine::ports::{DeviceIndex, Engine};
+use datapath::engine::ports::DeviceIndex;
 use datapath::engine::shard::{Shard, ShardPool};
 use datapath::limits::PIECE_BYTES_MAX;
 use datapath::memory::Pages;
@@ -172,10 +172,7 @@ impl Subject for BerthSubject {
     }
 
     fn describe(&self, engine: &Shard<SimMemory>) -> String {
-        let report = engine.report();
-        let pages = format!("pages free: {} of {}", report.pages_free, report.pages);
-        let tasks = format!("requests under way: {}", report.requests_under_way);
-        format!("{self:?}\n{pages}\n{tasks}\n{:#?}", report.lanes)
+        engine.describe()
     }
 
     fn check(&mut self, _setup: &Setup, disk: &mut DiskReader<'_>) -> Result<(), String> {

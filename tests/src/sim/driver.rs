@@ -235,7 +235,8 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     /// What the driver holds, for the message of a failure.
     #[must_use]
     pub fn describe(&self) -> String {
-        let pipes: Vec<&Pipe> = self.connections.iter().flatten().map(|connection| &connection.pipe).collect();
+        let pipes: Vec<&Pipe> =
+            self.connections.iter().flatten().map(|connection| &connection.pipe).collect();
         let operations = self.operations.iter().flatten().count();
         format!(
             "receive buffers with the engine: {} of {}; device operations under way: {operations}\n{pipes:#?}",

@@ -151,7 +151,7 @@ pub trait Subject {
     /// What the engine did in its life.
     fn counts(&self, engine: &Self::Engine) -> SubjectCounts;
 
-    /// What the engine is doing, for the message of a failure.
+    /// What the engine is busy with, for the report of a failure.
     fn describe(&self, _engine: &Self::Engine) -> String {
         String::new()
     }

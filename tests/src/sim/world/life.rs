@@ -302,6 +302,9 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             return self.connect(index);
         }
         let is_worker = matches!(self.sessions[index].role, Role::Worker(_));
+        if is_worker && !self.ending.last && self.random.per_million(self.world.swarm.rot_while_running) {
+            self.rot();
+        }
         if is_worker && self.random.per_million(self.world.swarm.disconnects) {
             return self.disconnect(index);
         }
@@ -319,6 +322,14 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         // Answers bring the client back as well; this one makes it send while it waits for them.
         let pause = self.random.skewed(2_000..=400_000);
         self.plan_think(index, pause);
+    }
+
+    /// Bits flip while the engine runs.
+    fn rot(&mut self) {
+        let (subject, setup) = (&*self.world.subject, &self.world.setup);
+        let flipped = self.driver.disk.flip_bits(1, |offset| subject.may_rot(setup, offset));
+        self.world.report.flipped_bits += flipped as u64;
+        self.rotten |= flipped > 0;
     }
 
     fn connect(&mut self, index: usize) {
@@ -456,7 +467,11 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     fn handle_server_close(&mut self, index: usize) {
         let draining = self.stage == Stage::Draining;
         let excused = draining || self.sessions[index].was_paused || self.failed();
-        assert!(excused, "the server closed the connection of session {index} without a reason");
+        assert!(
+            excused,
+            "the server closed the connection of session {index} without a reason: {}",
+            self.describe()
+        );
         let (mut client, id) = self.sessions[index].client.take().expect("connected");
         client.leave(&mut self.world.oracles[self.sessions[index].volume]);
         add_counts(&mut self.world.report.clients, &client.counts);
@@ -484,6 +499,10 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         }
     }
 
+    fn describe(&self) -> String {
+        format!("{}{}", self.world.subject.describe(&self.driver.engine), self.driver.describe())
+    }
+
     /// Is anything stuck?
     fn watch(&mut self) -> Option<Outcome> {
         let now = self.driver.now();
@@ -496,7 +515,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         self.happenings_seen = happenings;
         if self.stage == Stage::Draining && now.since_ns(self.drain_began) > ANSWER_NS_MAX {
             // With a failed disk nothing can be made safe any more.
-            assert!(self.failed(), "the engine does not stop\n{}", self.describe());
+            assert!(self.failed(), "the engine does not stop: {}", self.describe());
             return Some(Outcome::Killed);
         }
         for session in &self.sessions {
@@ -505,16 +524,12 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             let waiting = since.map_or(0, |since| now.since_ns(since));
             assert!(
                 waiting < ANSWER_NS_MAX,
-                "{id:?} waits for an answer since {since:?}\n{client:?}\n{}",
+                "{id:?} waits for an answer since {since:?}: {client:?}\n{}",
                 self.describe()
             );
         }
         self.driver.plan(WATCH_NS, Plan::Watch);
         None
-    }
-
-    fn describe(&self) -> String {
-        format!("{}\n{}", self.driver.describe(), self.world.subject.describe(&self.driver.engine))
     }
 
     /// The process is gone, and with it every connection.
