@@ -57,6 +57,11 @@ impl<T> Slab<T> {
         self.slots.get(index as usize)?.as_ref()
     }
 
+    /// All values kept, with their numbers.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
+    }
+
     /// How many values are kept.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -58,7 +58,8 @@ impl<M: Memory> Shard<M> {
             |connection: &&Box<Connection>| connection.peer == peer && connection.export.is_none();
         let handshakes = self.connections.iter().flatten().filter(in_handshake).count();
         let room = handshakes < HANDSHAKES_PER_ADDRESS_MAX as usize && !self.draining;
-        let memory = if room { self.allocate(SEND_PAGES) } else { None };
+        // Requests leave some pages for this.
+        let memory = if room { self.pages.allocate(SEND_PAGES) } else { None };
         let Some(memory) = memory else {
             self.connections_refused += 1;
             self.effects.push_back(Effect::Close { connection: id });
@@ -98,8 +99,9 @@ impl<M: Memory> Shard<M> {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a receive under way");
         connection.receiving = false;
         if connection.ending != Ending::Not {
+            let closing = connection.ending == Ending::Closing;
             self.effects.push_back(Effect::Recycle { buffer });
-            return self.settle(id);
+            return if closing { self.drop_payload(id) } else { self.settle(id) };
         }
         assert!(connection.input.is_none(), "one receive at a time");
         connection.input = Some(Input { rest: memory, buffer });
@@ -354,6 +356,25 @@ impl<M: Memory> Shard<M> {
                 self.finish(id);
             }
         }
-        self.lanes.iter_mut().for_each(|shard_lane| shard_lane.lane.request_checkpoint());
+    }
+}
+
+impl Connection {
+    /// One line for failing tests.
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "connection: export {:?}, input {:?}, payload {:?}, receiving {}, sending {}, output empty {}, {:?}, \
+             requests {}, bytes {}, stalled {}",
+            self.export,
+            self.input,
+            self.payload,
+            self.receiving,
+            self.output.is_sending(),
+            self.output.is_empty(),
+            self.ending,
+            self.requests_under_way,
+            self.bytes_under_way,
+            self.stalled
+        )
     }
 }

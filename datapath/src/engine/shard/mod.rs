@@ -86,7 +86,13 @@ pub struct Shard<M> {
     /// Handshake deadlines, in order.
     deadlines: VecDeque<(Moment, ConnectionId, u64)>,
     draining: bool,
+    /// The checkpoint that ends a drain has been asked for.
+    last_checkpoint: bool,
     opened: bool,
+    /// A request or piece has ended since this was last cleared: others may be able to go on.
+    progress: bool,
+    /// The last turn left nothing that could go on at once.
+    settled_turn: bool,
     operations: [OperationReport; 6],
     rejections: Rejections,
     connections_refused: u64,
@@ -94,7 +100,9 @@ pub struct Shard<M> {
 }
 
 /// Pages that requests leave free for what must go on whatever they do.
-const PAGES_KEPT: u32 = 64;
+const PAGES_KEPT: u32 = 256;
+/// Rounds of lanes and waiting requests in one turn, before the driver's events are looked at again.
+const ROUNDS_PER_TURN_MAX: u32 = 4;
 
 impl<M: Memory> Shard<M> {
     /// A shard that serves all volumes of its lanes. `free` is the part of the memory that is the engine's; what
@@ -143,7 +151,10 @@ impl<M: Memory> Shard<M> {
             to_send: Vec::new(),
             deadlines: VecDeque::new(),
             draining: false,
+            last_checkpoint: false,
             opened: false,
+            progress: false,
+            settled_turn: true,
             operations: Default::default(),
             rejections: Rejections::default(),
             connections_refused: 0,
@@ -170,6 +181,32 @@ impl<M: Memory> Shard<M> {
         self.pages.allocate(pages)
     }
 
+    /// Gives lanes and waiting requests their turn, until there is nothing more that one does for the other. False
+    /// if there may be: then the driver must come again at once.
+    fn run_turn(&mut self) -> bool {
+        for _ in 0..ROUNDS_PER_TURN_MAX {
+            self.progress = false;
+            self.open_when_ready();
+            self.resume();
+            for lane in 0..self.lanes.len() {
+                self.upkeep_lane(lane);
+            }
+            if !self.progress {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// When the last request has ended, one more checkpoint makes everything safe.
+    fn finish_drain(&mut self) {
+        let done = self.tasks.is_empty() && self.connections.iter().all(Option::is_none);
+        if self.draining && done && !std::mem::replace(&mut self.last_checkpoint, true) {
+            self.lanes.iter_mut().for_each(|shard_lane| shard_lane.lane.request_checkpoint());
+            self.settled_turn = false;
+        }
+    }
+
     fn finish_device_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
         let lane = (token.0 >> 24) as usize;
         let token = DiskToken(token.0 & 0x00ff_ffff);
@@ -179,6 +216,7 @@ impl<M: Memory> Shard<M> {
 
     fn take_completions(&mut self, lane: usize) {
         while let Some(completion) = self.lanes[lane].lane.poll_completion() {
+            self.progress = true;
             self.finish_piece(&completion);
         }
     }
@@ -232,6 +270,7 @@ impl<M: Memory> Shard<M> {
     fn resume(&mut self) {
         for _ in 0..self.waiting_tasks.len() {
             let task = self.waiting_tasks.pop_front().expect("counted");
+            self.tasks.get_mut(task).waiting = false;
             self.advance_task(task);
         }
         for _ in 0..self.stalled.len() {
@@ -279,10 +318,9 @@ impl<M: Memory> Engine for Shard<M> {
     fn finish_turn(&mut self, now: Moment) {
         self.now = now;
         self.expire_handshakes();
-        self.open_when_ready();
-        self.resume();
+        self.settled_turn = self.run_turn();
+        self.finish_drain();
         for lane in 0..self.lanes.len() {
-            self.upkeep_lane(lane);
             self.take_effects(lane);
         }
         self.start_sends();
@@ -293,7 +331,7 @@ impl<M: Memory> Engine for Shard<M> {
     }
 
     fn poll_timeout(&self) -> Option<Moment> {
-        let busy = !self.ready.is_empty() || self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
+        let busy = !self.settled_turn || !self.ready.is_empty() || self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
         if busy {
             return Some(self.now);
         }
@@ -314,9 +352,7 @@ impl<M: Memory> Engine for Shard<M> {
     }
 
     fn is_drained(&self) -> bool {
-        self.draining
-            && self.tasks.is_empty()
-            && self.connections.iter().all(Option::is_none)
+        self.last_checkpoint
             && self
                 .lanes
                 .iter()
@@ -356,5 +392,36 @@ impl<M: Memory> Engine for Shard<M> {
             pages_free: self.pages.free_count(),
             pages: self.pages.count(),
         }
+    }
+}
+
+impl<M: Memory> Shard<M> {
+    /// What is under way and what it waits for, in a few lines: for failing tests.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        use std::fmt::Write as _;
+        let mut text = format!(
+            "pages free {} of {}, tasks {}, pieces {}, waiting tasks {:?}, ready {:?}, stalled {:?}\n",
+            self.pages.free_count(),
+            self.pages.count(),
+            self.tasks.len(),
+            self.pieces.len(),
+            self.waiting_tasks,
+            self.ready,
+            self.stalled,
+        );
+        for connection in self.connections.iter().flatten() {
+            let _ = writeln!(text, "{}", connection.describe());
+        }
+        for (index, task) in self.tasks.iter() {
+            let _ = writeln!(text, "task {index}: {task:?}");
+        }
+        for (index, piece) in self.pieces.iter() {
+            let _ = writeln!(text, "piece {index}: {piece:?}");
+        }
+        for shard_lane in &self.lanes {
+            let _ = writeln!(text, "{}", shard_lane.lane.describe());
+        }
+        text
     }
 }

@@ -98,7 +98,10 @@ impl<M: Memory> Shard<M> {
 
     /// Begins as many pieces as may be under way, and ends the task when nothing is left.
     pub(super) fn advance_task(&mut self, task: u32) {
-        self.tasks.get_mut(task).waiting = false;
+        if self.tasks.get(task).waiting {
+            // It is in line; its turn will come.
+            return;
+        }
         if self.tasks.get(task).error.is_none() {
             match self.tasks.get(task).request.operation {
                 Operation::Read { .. } => self.advance_read(task),

@@ -416,3 +416,16 @@ impl PlaceRun {
         (0..self.blocks).map(move |index| first.plus(index))
     }
 }
+
+impl Checkpointer {
+    /// For failing tests.
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "checkpoint {} {:?}, requested {}, frozen {}",
+            self.number,
+            self.phase,
+            self.requested,
+            self.frozen.len()
+        )
+    }
+}

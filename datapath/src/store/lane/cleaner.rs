@@ -313,3 +313,19 @@ impl Lane {
         self.counters.cleaned_segments += u64::from(emptied);
     }
 }
+
+impl Cleaner {
+    /// For failing tests.
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "cleaner {:?} of {:?}, candidate {} of {}, leaves coming {}, asked {}, interrupted {}",
+            self.phase,
+            self.victim,
+            self.next,
+            self.candidates.len(),
+            self.leaves_coming,
+            self.asked,
+            self.interrupted
+        )
+    }
+}

@@ -328,10 +328,11 @@ impl Lane {
         }
     }
 
-    /// Is the first checkpoint of this mount done, so that requests are taken?
+    /// Is the first checkpoint of this mount done, so that requests are taken? If it failed they are taken too, and
+    /// all refused: what was recovered may not be there after another loss of power.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.volumes.is_empty() || self.checkpointer.first_is_done()
+        self.volumes.is_empty() || self.checkpointer.first_is_done() || self.failed
     }
 
     /// Did a write or sync fail, so that the lane is read-only?
@@ -503,5 +504,44 @@ impl Volume {
     #[must_use]
     pub fn size_blocks(&self) -> u64 {
         self.record.size_blocks
+    }
+}
+
+impl Lane {
+    /// What is under way and what it waits for, in a few lines: for failing tests.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let streams = self.streams.iter().map(|stream| {
+            format!(
+                "[{:?}, open {}, under way {}, writing {}]",
+                stream.position,
+                stream.open.as_ref().map_or(0, |open| open.records.len()),
+                stream.under_way.len(),
+                stream.writing_count()
+            )
+        });
+        format!(
+            "lane {}: failed {}, segments free {} dead {} owned {}, pool free {}, live {} of {}, new {}, blocked {:?}, \
+             changes {}, reads {}, operations {:?}, buffers {}\n  {}\n  {:?}\n  {:?}\n  {:?}\n  {:?}",
+            self.config.lane,
+            self.failed,
+            self.segments.free_count(),
+            self.segments.dead_count(),
+            self.segments.owned_count(),
+            self.pool_free,
+            self.segments.live_total(),
+            self.capacity_blocks(),
+            self.unapplied_new_blocks,
+            self.blocked,
+            self.changes.len(),
+            self.reads.len(),
+            self.operations.iter().map(|(_, operation)| operation).collect::<Vec<_>>(),
+            self.batch_buffers.len(),
+            streams.collect::<Vec<_>>().join(" "),
+            self.map,
+            self.syncer,
+            self.checkpointer.describe(),
+            self.cleaner.describe(),
+        )
     }
 }

@@ -58,6 +58,9 @@ impl Lane {
         memory: MemoryRange,
     ) {
         assert!(memory.len == range.count * BLOCK_BYTES && range.count <= PIECE_BLOCKS_MAX);
+        if self.failed && !self.checkpointer.first_is_done() {
+            return self.complete(cookie, Err(RequestError::Io));
+        }
         let mappings = self.spare_mappings.pop().unwrap_or_default();
         let read = Read { cookie, range, memory, frames: [None; 2], mappings, parts_left: 0, failed: false };
         let index = self.reads.insert(read);
