@@ -46,6 +46,12 @@ impl PoolSpace {
         self.segments = segments;
     }
 
+    /// Segments of the pool, lent or not, without its anchors.
+    #[must_use]
+    pub fn segment_count(&self) -> u32 {
+        self.segments - crate::store::layout::ANCHORS
+    }
+
     /// Segments that can be lent.
     #[must_use]
     pub fn free_count(&self) -> u32 {

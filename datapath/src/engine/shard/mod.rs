@@ -23,7 +23,7 @@ use super::report::{LaneReport, OperationReport, ShardReport};
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::{Memory, Pages};
 use crate::session::nbd::Rejections;
-use crate::store::lane::{Context, DiskEffect, DiskToken, Lane};
+use crate::store::lane::{Context, DiskEffect, DiskToken, Lane, PoolShare};
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 use connection::Connection;
@@ -211,7 +211,22 @@ impl<M: Memory> Shard<M> {
         let lane = (token.0 >> 24) as usize;
         let token = DiskToken(token.0 & 0x00ff_ffff);
         self.with_lane(lane, |lane, context| lane.handle_disk(context, token, result.is_ok()));
+        if result.is_err() && self.lanes[lane].lane.has_failed() {
+            self.fail_neighbours(lane);
+        }
         self.take_completions(lane);
+    }
+
+    /// A failed sync is told to one caller only and may have dropped what another lane wrote, whose own next sync
+    /// would then succeed: all lanes of the device stop writing.
+    fn fail_neighbours(&mut self, failed: usize) {
+        let device = self.lanes[failed].device;
+        for lane in (0..self.lanes.len()).filter(|lane| *lane != failed) {
+            if self.lanes[lane].device == device {
+                self.with_lane(lane, Lane::fail);
+                self.take_completions(lane);
+            }
+        }
     }
 
     fn take_completions(&mut self, lane: usize) {
@@ -255,15 +270,24 @@ impl<M: Memory> Shard<M> {
     }
 
     fn lend_segments(&mut self, index: usize) {
-        let ShardLane { lane, pool, .. } = &mut self.lanes[index];
-        let space = &mut self.spaces[*pool];
-        // A lane without volumes needs no more than its checkpoints do.
-        let wanted = lane.segments_wanted();
-        for _ in 0..wanted {
-            let Some((segment, pristine)) = space.lend() else { break };
-            lane.lend(segment, pristine);
+        let pool = self.lanes[index].pool;
+        let others =
+            || self.lanes.iter().enumerate().filter(|(other, lane)| *other != index && lane.pool == pool);
+        let needed_elsewhere = others().map(|(_, other)| other.lane.segments_needed()).sum();
+        let others_are_hungry = others().any(|(_, other)| other.lane.is_hungry());
+        let (lane, space) = (&mut self.lanes[index].lane, &mut self.spaces[pool]);
+        if others_are_hungry {
+            while let Some(segment) = lane.spare_segment() {
+                space.take_back(segment);
+            }
+        } else {
+            for _ in 0..lane.segments_wanted() {
+                let Some((segment, pristine)) = space.lend() else { break };
+                lane.lend(segment, pristine);
+            }
         }
-        lane.set_pool_free(space.free_count());
+        let (segments, free) = (space.segment_count(), space.free_count());
+        lane.set_pool_share(PoolShare { segments, free, needed_elsewhere, others_are_hungry });
     }
 
     /// Looks at connections and tasks that could not go on before.
@@ -331,7 +355,9 @@ impl<M: Memory> Engine for Shard<M> {
     }
 
     fn poll_timeout(&self) -> Option<Moment> {
-        let busy = !self.settled_turn || !self.ready.is_empty() || self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
+        let busy = !self.settled_turn
+            || !self.ready.is_empty()
+            || self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
         if busy {
             return Some(self.now);
         }

@@ -90,20 +90,26 @@ impl Lane {
 
     /// Free segments now, and those that a checkpoint would free.
     fn segments_coming(&self) -> u32 {
-        self.segments.free_count() + self.pool_free + self.segments.dead_count()
+        self.segments.free_count() + self.pool_share.free + self.segments.dead_count()
     }
 
     fn clean_below(&self) -> u32 {
-        StreamKind::Client.free_segments_kept() + 4 + (self.segments.owned_count() + self.pool_free) / 48
+        StreamKind::Client.free_segments_kept() + 4 + self.pool_share.segments / 48
+    }
+
+    fn wants_cleaning(&self) -> bool {
+        let spare = self.segments.owned_count() > self.segments_needed();
+        self.segments_coming() < self.clean_below() || self.pool_share.others_are_hungry && spare
     }
 
     /// So few segments are left that those already emptied are needed.
     pub(super) fn space_wants_checkpoint(&self) -> bool {
-        let free = self.segments.free_count() + self.pool_free;
+        let free = self.segments.free_count() + self.pool_share.free;
         let kept = StreamKind::Client.free_segments_kept();
         let waits = self.blocked.iter().any(|queue| !queue.is_empty());
         let worth_it = self.segments.dead_count() >= self.clean_below().saturating_sub(kept + 2).max(1);
-        free <= kept + 1 && (worth_it || waits && self.segments.dead_count() > 0)
+        self.pool_share.others_are_hungry && self.segments.dead_count() > 0
+            || free <= kept + 1 && (worth_it || waits && self.segments.dead_count() > 0)
             || waits && self.cleaner.phase == Phase::Idle && self.map.dirty_count() > 0 && free <= kept + 1
     }
 
@@ -112,8 +118,7 @@ impl Lane {
             let dead = self.segments.indices().find(|segment| self.segments.is_dead(*segment));
             dead.into_iter().for_each(|segment| self.segments.free_after_checkpoint(segment));
         }
-        if self.cleaner.phase == Phase::Idle && self.is_open() && self.segments_coming() < self.clean_below()
-        {
+        if self.cleaner.phase == Phase::Idle && self.is_open() && self.wants_cleaning() {
             self.start_cleaning();
         }
         if self.cleaner.phase == Phase::Moving && self.cleaner.leaves_coming == 0 {
@@ -200,7 +205,7 @@ impl Lane {
 
     /// How many candidates to look at in this turn: more, the less space is left.
     fn cleaning_budget(&self) -> usize {
-        let free = self.segments.free_count() + self.pool_free;
+        let free = self.segments.free_count() + self.pool_share.free;
         if free <= StreamKind::Client.free_segments_kept() + 2 { 1024 } else { 128 }
     }
 

@@ -141,6 +141,19 @@ pub struct Context<'a, M> {
     pub pages: &'a mut Pages,
 }
 
+/// A pool as one of its lanes sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolShare {
+    /// Segments of the pool, without its anchors.
+    pub segments: u32,
+    /// Of these, segments that no lane has borrowed.
+    pub free: u32,
+    /// Segments that the other lanes cannot do without.
+    pub needed_elsewhere: u32,
+    /// Another lane waits for segments: clean for its sake.
+    pub others_are_hungry: bool,
+}
+
 /// What a lane has counted since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LaneCounters {
@@ -217,8 +230,7 @@ pub struct Lane {
     volumes: Vec<Volume>,
     map: Map,
     segments: SegmentTable,
-    /// Free segments that the pool could still lend.
-    pool_free: u32,
+    pool_share: PoolShare,
     streams: [Stream; 3],
     /// Buffers of small batches that are not in use.
     batch_buffers: Vec<MemoryRange>,
@@ -306,7 +318,7 @@ impl Lane {
             volumes: volumes.map(|record| Volume { numbered: record.sequence, record }).collect(),
             map: recovered.map,
             segments: recovered.segments,
-            pool_free: 0,
+            pool_share: PoolShare::default(),
             streams: std::array::from_fn(|_| Stream::new()),
             batch_buffers,
             operations: Slab::default(),
@@ -365,15 +377,51 @@ impl Lane {
         &self.segments
     }
 
-    /// Blocks of client data that fit in all.
+    /// Blocks that can live in this lane at most, given what the pool's other lanes need.
     #[must_use]
     pub fn capacity_blocks(&self) -> u64 {
+        let segments = self.pool_share.segments.saturating_sub(self.pool_share.needed_elsewhere);
+        u64::from(segments.saturating_sub(self.working_segments())) * u64::from(self.usable_blocks())
+    }
+
+    /// Segments that the lane cannot do without: those that its live blocks would fill, and those it works in.
+    #[must_use]
+    pub fn segments_needed(&self) -> u32 {
+        if self.volumes.is_empty() {
+            return 0;
+        }
+        let blocks = self.segments.live_total() + self.unapplied_new_blocks;
+        let filled = blocks.div_ceil(u64::from(self.usable_blocks()));
+        u32::try_from(filled).expect("segments fit 32 bits") + self.working_segments()
+    }
+
+    fn working_segments(&self) -> u32 {
+        WORKING_SEGMENTS + self.pool_share.segments / 200
+    }
+
+    /// Blocks of a segment that can live: the cleaner's batches have one descriptor for about a hundred blocks, and
+    /// a tail is lost at a segment's end.
+    fn usable_blocks(&self) -> u32 {
         let layout = &self.config.layout;
-        let segments = self.segments.owned_count() + self.pool_free;
-        let working = WORKING_SEGMENTS + segments / 200;
-        // The cleaner's batches have one descriptor for about a hundred blocks, and a tail is lost at a segment's end.
-        let usable = layout.segment_blocks - layout.segment_blocks.div_ceil(64) - 1;
-        u64::from(segments.saturating_sub(working)) * u64::from(usable)
+        layout.segment_blocks - layout.segment_blocks.div_ceil(64) - 1
+    }
+
+    /// Does a change wait for a segment that the pool does not have?
+    #[must_use]
+    pub fn is_hungry(&self) -> bool {
+        self.blocked.iter().any(|queue| !queue.is_empty())
+            && self.pool_share.free == 0
+            && self.segments.free_count() <= StreamKind::Client.free_segments_kept() + 1
+    }
+
+    /// Another lane is hungry: a free segment that this one can spare.
+    pub fn spare_segment(&mut self) -> Option<SegmentIndex> {
+        let kept = StreamKind::Client.free_segments_kept() + 2;
+        if self.volumes.is_empty() || self.segments.free_count() > kept {
+            self.segments.give_back()
+        } else {
+            None
+        }
     }
 
     /// Adds a volume, or changes the size of the one with this name. It lasts from the next checkpoint on.
@@ -406,9 +454,9 @@ impl Lane {
         }
     }
 
-    /// How many free segments the pool has left to lend to anyone.
-    pub fn set_pool_free(&mut self, segments: u32) {
-        self.pool_free = segments;
+    /// How the pool stands.
+    pub fn set_pool_share(&mut self, share: PoolShare) {
+        self.pool_share = share;
     }
 
     /// The next thing that the device should do.
@@ -487,9 +535,9 @@ impl Lane {
         }
     }
 
-    /// A write or sync failed. What waits will never be safe: it is answered with an error, and so is all that
+    /// A write or sync of the device failed, this lane's or another's. What waits will never be safe: it is answered with an error, and so is all that
     /// comes. Nothing is retried in hope: after a failed sync the kernel may have dropped what it could not write.
-    fn fail<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+    pub fn fail<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         if std::mem::replace(&mut self.failed, true) {
             return;
         }
@@ -521,14 +569,14 @@ impl Lane {
             )
         });
         format!(
-            "lane {}: failed {}, segments free {} dead {} owned {}, pool free {}, live {} of {}, new {}, blocked {:?}, \
+            "lane {}: failed {}, segments free {} dead {} owned {}, {:?}, live {} of {}, new {}, blocked {:?}, \
              changes {}, reads {}, operations {:?}, buffers {}\n  {}\n  {:?}\n  {:?}\n  {:?}\n  {:?}",
             self.config.lane,
             self.failed,
             self.segments.free_count(),
             self.segments.dead_count(),
             self.segments.owned_count(),
-            self.pool_free,
+            self.pool_share,
             self.segments.live_total(),
             self.capacity_blocks(),
             self.unapplied_new_blocks,
