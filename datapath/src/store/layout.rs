@@ -153,6 +153,13 @@ impl Layout {
         self.segment_blocks * BLOCK_BYTES
     }
 
+    /// Blocks of a segment that can live: the cleaner's batches have one descriptor for about a hundred blocks, and
+    /// a tail is lost at a segment's end.
+    #[must_use]
+    pub fn usable_blocks(&self) -> u32 {
+        self.segment_blocks - self.segment_blocks.div_ceil(64) - 1
+    }
+
     /// Whole segments in a pool that is now `pool_bytes` long.
     #[must_use]
     pub fn segments_in(&self, pool_bytes: u64) -> u32 {

@@ -230,6 +230,12 @@ impl Map {
         self.in_use
     }
 
+    /// Leaves that the cache holds.
+    #[must_use]
+    pub fn frames_max(&self) -> usize {
+        self.frames_max
+    }
+
     /// So many leaves are dirty that a checkpoint must make room for others.
     #[must_use]
     pub fn wants_checkpoint(&self) -> bool {

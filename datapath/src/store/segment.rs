@@ -52,6 +52,8 @@ pub struct SegmentTable {
     owned: u32,
     /// Sealed segments with nothing alive, including those in `still_read`.
     dead: u32,
+    /// Segments that the cleaner could not empty, because of damage, and the blocks that live in them.
+    stuck: (u32, u64),
 }
 
 impl Segment {
@@ -85,6 +87,7 @@ impl SegmentTable {
             live_total: 0,
             owned: 0,
             dead: 0,
+            stuck: (0, 0),
         }
     }
 
@@ -270,19 +273,46 @@ impl SegmentTable {
         }
     }
 
+    /// Segments that the cleaner has dealt with and that are not empty.
+    #[must_use]
+    pub fn cleaned_and_live(&self) -> Vec<SegmentIndex> {
+        let cleaned = |segment: &SegmentIndex| self.is_cleaned(*segment) && self.live(*segment) > 0;
+        self.indices().filter(cleaned).collect()
+    }
+
+    /// Of `cleaned`, which a whole checkpoint has followed, those that still hold something cannot be emptied.
+    pub fn note_stuck(&mut self, cleaned: &[SegmentIndex]) {
+        let stuck = cleaned.iter().filter(|segment| self.is_cleaned(**segment) && self.live(**segment) > 0);
+        self.stuck =
+            stuck.fold((0, 0), |(count, live), segment| (count + 1, live + u64::from(self.live(*segment))));
+    }
+
+    /// How many segments cannot be emptied, and how many blocks live in them.
+    #[must_use]
+    pub fn stuck(&self) -> (u32, u64) {
+        self.stuck
+    }
+
+    /// Has the cleaner dealt with the segment already?
+    #[must_use]
+    pub fn is_cleaned(&self, segment: SegmentIndex) -> bool {
+        self.segments[segment.0 as usize].cleaned
+    }
+
     /// The cleaner has dealt with the segment.
     pub fn mark_cleaned(&mut self, segment: SegmentIndex, cleaned: bool) {
         self.segments[segment.0 as usize].cleaned = cleaned;
     }
 
     /// The segment whose cleaning gains most: free space over the cost of reading it and writing what lives, times
-    /// age (Rosenblum and Ousterhout, 1992). Old segments have stopped dying by themselves.
+    /// age (Rosenblum and Ousterhout, 1992). Old segments have stopped dying by themselves. With `urgent` only the
+    /// free space counts: an old segment that is nearly full gains next to nothing now.
     #[must_use]
-    pub fn choose_victim(&self, now_number: u64) -> Option<SegmentIndex> {
+    pub fn choose_victim(&self, now_number: u64, urgent: bool) -> Option<SegmentIndex> {
         let blocks = f64::from(self.layout.segment_blocks);
         let score = |segment: &Segment| {
             let live = f64::from(segment.live) / blocks;
-            let age = now_number.saturating_sub(segment.newest_number).min(1 << 40);
+            let age = if urgent { 0 } else { now_number.saturating_sub(segment.newest_number).min(1 << 40) };
             #[expect(clippy::cast_precision_loss, reason = "a ranking, not an account")]
             let age = (age + 64) as f64;
             (1.0 - live) / (1.0 + live) * age.sqrt()
@@ -290,7 +320,7 @@ impl SegmentTable {
         let candidates = self.segments.iter().enumerate().filter(|(_, segment)| {
             segment.state == SegmentState::Sealed
                 && segment.live > 0
-                && segment.live < self.layout.segment_blocks - 1
+                && segment.live < self.layout.usable_blocks()
                 && segment.unapplied == 0
                 && !segment.cleaned
         });

@@ -272,9 +272,23 @@ impl Lane {
     /// May the stream go on to its next segment for such an entry? Entries without payload release space and
     /// may use what is kept for the cleaner.
     pub(super) fn can_advance(&self, kind: StreamKind, entry: EntryKind) -> bool {
-        let kept =
-            if entry.has_payload() { kind.free_segments_kept() } else { 3.min(kind.free_segments_kept()) };
-        self.segments.free_count() > kept
+        let as_kind =
+            if kind == StreamKind::Client && !entry.has_payload() { StreamKind::Survivor } else { kind };
+        self.segments.free_count() > self.segments_kept(as_kind)
+    }
+
+    /// Free segments that must be left when the stream takes one. The checkpoint, which frees segments, may take
+    /// the last. The cleaner leaves what the next checkpoint needs. Clients leave enough besides for the cleaner
+    /// to empty a few segments, whatever lives in them: so there is always a way on.
+    pub(super) fn segments_kept(&self, kind: StreamKind) -> u32 {
+        let checkpoint_blocks = self.map.dirty_count() as u64 + self.checkpointer.blocks_to_write();
+        let checkpoint = 1 + checkpoint_blocks.div_ceil(u64::from(self.config.layout.usable_blocks()));
+        let checkpoint = u32::try_from(checkpoint).expect("segments fit 32 bits");
+        match kind {
+            StreamKind::Client => checkpoint + 4,
+            StreamKind::Survivor => checkpoint,
+            StreamKind::Map => 0,
+        }
     }
 
     /// The stream leaves its segment for the next one and reserves one more.

@@ -137,6 +137,16 @@ impl Lane {
         }
     }
 
+    /// A change waits for space and none can come, because all garbage lies in segments that damage keeps from
+    /// being emptied: it is refused rather than left to wait for ever.
+    pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        if !self.blocked[0].is_empty() && self.segments.stuck().0 > 0 && self.cleaning_is_over() {
+            let index = self.blocked[0].pop_front().expect("not empty");
+            self.counters.refused_no_space += 1;
+            self.refuse_change(context, index, RequestError::NoSpace);
+        }
+    }
+
     fn advance_change<M: Memory>(&mut self, context: &mut Context<'_, M>, index: u32) -> Verdict {
         let verdict = self.judge_change(context, index);
         match verdict {

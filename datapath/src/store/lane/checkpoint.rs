@@ -44,6 +44,8 @@ struct Cut {
     /// Segments that were sealed and fully in effect. Only these can be freed: any other may hold batches that
     /// rolling forward from this cut must see.
     settled: Vec<bool>,
+    /// Segments that the cleaner had dealt with.
+    cleaned: Vec<SegmentIndex>,
     volumes: Vec<VolumeRecord>,
     cursors: Vec<Cursor>,
     last_number: u64,
@@ -93,6 +95,16 @@ impl Checkpointer {
     /// A checkpoint is wanted soon.
     pub(super) fn request(&mut self) {
         self.requested = true;
+    }
+
+    /// Blocks that the checkpoint under way, or the next one, writes besides leaves that are dirty now.
+    pub(super) fn blocks_to_write(&self) -> u64 {
+        let body_blocks = self.body.len().div_ceil(BLOCK_BYTES_USIZE);
+        (self.frozen.len() + 2 * (body_blocks + 1)) as u64
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.phase == Phase::Idle && !self.requested
     }
 
     pub(super) fn first_is_done(&self) -> bool {
@@ -163,6 +175,7 @@ impl Lane {
             cut.live[self.config.layout.segment_of(place).0 as usize] -= 1;
         }
         cut.settled = self.segments.indices().map(|segment| self.segments.is_settled(segment)).collect();
+        cut.cleaned = self.segments.cleaned_and_live();
         cut.volumes = self.volumes.iter().map(|volume| volume.record.clone()).collect();
         cut.last_number = self.last_number;
         cut.cursors = self.streams[..LOGGED_STREAMS]
@@ -398,6 +411,7 @@ impl Lane {
                 self.segments.free_after_checkpoint(segment);
             }
         }
+        self.segments.note_stuck(&cut.cleaned);
         self.checkpointer.phase = Phase::Idle;
         self.checkpointer.first_done = true;
         self.counters.checkpoints += 1;

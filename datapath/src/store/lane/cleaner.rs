@@ -25,7 +25,7 @@ use crate::units::{BLOCK_BYTES, MemoryRange};
 /// Blocks of one read of the victim.
 const READ_BLOCKS: u32 = 128;
 /// Leaves that are loaded at once for one victim.
-const LEAVES_AHEAD: u32 = 16;
+const LEAVES_AHEAD: usize = 16;
 /// Batches of survivors being written at once.
 const SURVIVOR_BATCHES_WRITING: usize = 2;
 
@@ -64,8 +64,8 @@ pub(super) struct Cleaner {
     next: usize,
     /// Leaves on their way in.
     leaves_coming: u32,
-    /// The leaf of `candidates[next]` was asked for; if it is still away, it cannot be read.
-    asked: bool,
+    /// Leaves that cannot be read: what they map stays where it is.
+    unreadable: Vec<(u32, u32)>,
     /// The last turn ended because its budget was used up, not because anything was lacking.
     interrupted: bool,
 }
@@ -94,7 +94,7 @@ impl Lane {
     }
 
     fn clean_below(&self) -> u32 {
-        StreamKind::Client.free_segments_kept() + 4 + self.pool_share.segments / 48
+        self.segments_kept(StreamKind::Client) + 4 + self.pool_share.segments / 48
     }
 
     fn wants_cleaning(&self) -> bool {
@@ -102,10 +102,21 @@ impl Lane {
         self.segments_coming() < self.clean_below() || self.pool_share.others_are_hungry && spare
     }
 
+    /// Is there nothing that the cleaner or a checkpoint could do for a change that waits for space?
+    pub(super) fn cleaning_is_over(&self) -> bool {
+        self.cleaner.phase == Phase::Idle
+            && self.checkpointer.is_idle()
+            && self.segments.dead_count() == 0
+            && self.map.dirty_count() == 0
+            && self.pool_share.free == 0
+            && self.streams.iter().all(super::stream::Stream::is_settled)
+            && self.segments.choose_victim(self.last_number, true).is_none()
+    }
+
     /// So few segments are left that those already emptied are needed.
     pub(super) fn space_wants_checkpoint(&self) -> bool {
         let free = self.segments.free_count() + self.pool_share.free;
-        let kept = StreamKind::Client.free_segments_kept();
+        let kept = self.segments_kept(StreamKind::Client);
         let waits = self.blocked.iter().any(|queue| !queue.is_empty());
         let worth_it = self.segments.dead_count() >= self.clean_below().saturating_sub(kept + 2).max(1);
         self.pool_share.others_are_hungry && self.segments.dead_count() > 0
@@ -127,7 +138,9 @@ impl Lane {
     }
 
     fn start_cleaning(&mut self) {
-        let Some(victim) = self.segments.choose_victim(self.last_number) else { return };
+        let urgent =
+            self.segments.free_count() + self.pool_share.free <= self.segments_kept(StreamKind::Client);
+        let Some(victim) = self.segments.choose_victim(self.last_number, urgent) else { return };
         self.segments.mark_cleaned(victim, true);
         self.segments.begin_read(victim);
         let layout = self.config.layout;
@@ -152,12 +165,13 @@ impl Lane {
             return;
         }
         if self.cleaner.read_failed {
+            // Marked as cleaned, so that others have their turn; a restart tries again.
             return self.end_cleaning(false);
         }
         self.list_candidates(context.memory.bytes(self.cleaner.buffer));
         self.cleaner.phase = Phase::Moving;
         self.cleaner.next = 0;
-        self.cleaner.asked = false;
+        self.cleaner.unreadable.clear();
     }
 
     /// Walks the victim's descriptors. Where one is damaged, the next good one is searched for block by block.
@@ -206,7 +220,7 @@ impl Lane {
     /// How many candidates to look at in this turn: more, the less space is left.
     fn cleaning_budget(&self) -> usize {
         let free = self.segments.free_count() + self.pool_share.free;
-        if free <= StreamKind::Client.free_segments_kept() + 2 { 1024 } else { 128 }
+        if free <= self.segments_kept(StreamKind::Client) + 2 { 1024 } else { 128 }
     }
 
     fn move_survivors<M: Memory>(&mut self, context: &mut Context<'_, M>) {
@@ -219,10 +233,7 @@ impl Lane {
                 return self.end_cleaning(true);
             };
             match self.deal_with(context, candidate) {
-                Progress::Done => {
-                    self.cleaner.next += 1;
-                    self.cleaner.asked = false;
-                }
+                Progress::Done => self.cleaner.next += 1,
                 Progress::Wait => return,
             }
         }
@@ -241,7 +252,9 @@ impl Lane {
                 Progress::Done
             }
             Presence::Here(frame) => self.move_block(context, candidate, frame),
-            Presence::Away(_) if self.cleaner.asked => Progress::Done,
+            Presence::Away(_) if self.cleaner.unreadable.contains(&(candidate.volume, candidate.leaf)) => {
+                Progress::Done
+            }
             Presence::Away(_) | Presence::Loading(_) => {
                 self.ask_for_leaves(context);
                 Progress::Wait
@@ -250,7 +263,8 @@ impl Lane {
     }
 
     fn ask_for_leaves<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        self.cleaner.asked = true;
+        // A small cache must not lose the first of them to the last.
+        let ahead = (self.map.frames_max() / 8).clamp(1, LEAVES_AHEAD);
         let mut last = None;
         for index in self.cleaner.next..self.cleaner.candidates.len() {
             let Candidate { volume, leaf, .. } = self.cleaner.candidates[index];
@@ -259,16 +273,20 @@ impl Lane {
             }
             if matches!(self.map.find(volume, leaf), Presence::Away(_) | Presence::Loading(_)) {
                 self.cleaner.leaves_coming += 1;
-                self.load_leaf(context, volume, leaf, Waiter::Cleaner);
+                self.load_leaf(context, volume, leaf, Waiter::Cleaner { volume, leaf });
             }
-            if self.cleaner.leaves_coming == LEAVES_AHEAD {
+            if self.cleaner.leaves_coming as usize == ahead {
                 return;
             }
         }
     }
 
-    pub(super) fn cleaner_leaf_came(&mut self) {
+    /// A leaf has come, or cannot be read.
+    pub(super) fn cleaner_leaf_came(&mut self, volume: u32, leaf: u32, intact: bool) {
         self.cleaner.leaves_coming -= 1;
+        if !intact {
+            self.cleaner.unreadable.push((volume, leaf));
+        }
     }
 
     fn move_block<M: Memory>(
@@ -323,13 +341,13 @@ impl Cleaner {
     /// For failing tests.
     pub(super) fn describe(&self) -> String {
         format!(
-            "cleaner {:?} of {:?}, candidate {} of {}, leaves coming {}, asked {}, interrupted {}",
+            "cleaner {:?} of {:?}, candidate {} of {}, leaves coming {}, unreadable {:?}, interrupted {}",
             self.phase,
             self.victim,
             self.next,
             self.candidates.len(),
             self.leaves_coming,
-            self.asked,
+            self.unreadable,
             self.interrupted
         )
     }

@@ -17,7 +17,7 @@ pub(super) enum Waiter {
     Read(u32),
     Change(u32),
     Cookie(u32),
-    Cleaner,
+    Cleaner { volume: u32, leaf: u32 },
 }
 
 /// Loads under way and wanted.
@@ -139,7 +139,7 @@ impl Lane {
             (Waiter::Change(change), false) => self.refuse_change(context, change, RequestError::Io),
             (Waiter::Cookie(cookie), true) => self.complete(cookie, Ok(())),
             (Waiter::Cookie(cookie), false) => self.complete(cookie, Err(RequestError::Io)),
-            (Waiter::Cleaner, _) => self.cleaner_leaf_came(),
+            (Waiter::Cleaner { volume, leaf }, intact) => self.cleaner_leaf_came(volume, leaf, intact),
         }
     }
 

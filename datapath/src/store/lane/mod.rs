@@ -381,7 +381,9 @@ impl Lane {
     #[must_use]
     pub fn capacity_blocks(&self) -> u64 {
         let segments = self.pool_share.segments.saturating_sub(self.pool_share.needed_elsewhere);
-        u64::from(segments.saturating_sub(self.working_segments())) * u64::from(self.usable_blocks())
+        let (stuck, live_in_stuck) = self.segments.stuck();
+        let segments = segments.saturating_sub(self.working_segments() + stuck);
+        u64::from(segments) * u64::from(self.config.layout.usable_blocks()) + live_in_stuck
     }
 
     /// Segments that the lane cannot do without: those that its live blocks would fill, and those it works in.
@@ -391,7 +393,7 @@ impl Lane {
             return 0;
         }
         let blocks = self.segments.live_total() + self.unapplied_new_blocks;
-        let filled = blocks.div_ceil(u64::from(self.usable_blocks()));
+        let filled = blocks.div_ceil(u64::from(self.config.layout.usable_blocks()));
         u32::try_from(filled).expect("segments fit 32 bits") + self.working_segments()
     }
 
@@ -399,24 +401,17 @@ impl Lane {
         WORKING_SEGMENTS + self.pool_share.segments / 200
     }
 
-    /// Blocks of a segment that can live: the cleaner's batches have one descriptor for about a hundred blocks, and
-    /// a tail is lost at a segment's end.
-    fn usable_blocks(&self) -> u32 {
-        let layout = &self.config.layout;
-        layout.segment_blocks - layout.segment_blocks.div_ceil(64) - 1
-    }
-
     /// Does a change wait for a segment that the pool does not have?
     #[must_use]
     pub fn is_hungry(&self) -> bool {
         self.blocked.iter().any(|queue| !queue.is_empty())
             && self.pool_share.free == 0
-            && self.segments.free_count() <= StreamKind::Client.free_segments_kept() + 1
+            && self.segments.free_count() <= self.segments_kept(StreamKind::Client) + 1
     }
 
     /// Another lane is hungry: a free segment that this one can spare.
     pub fn spare_segment(&mut self) -> Option<SegmentIndex> {
-        let kept = StreamKind::Client.free_segments_kept() + 2;
+        let kept = self.segments_kept(StreamKind::Client) + 2;
         if self.volumes.is_empty() || self.segments.free_count() > kept {
             self.segments.give_back()
         } else {
@@ -491,6 +486,7 @@ impl Lane {
             return;
         }
         self.retry_blocked(context);
+        self.refuse_hopeless(context);
         self.upkeep_zeroing();
         self.upkeep_cleaner(context);
         self.upkeep_checkpoint(context);
@@ -569,8 +565,9 @@ impl Lane {
             )
         });
         format!(
-            "lane {}: failed {}, segments free {} dead {} owned {}, {:?}, live {} of {}, new {}, blocked {:?}, \
-             changes {}, reads {}, operations {:?}, buffers {}\n  {}\n  {:?}\n  {:?}\n  {:?}\n  {:?}",
+            "{:?}\nlane {}: failed {}, segments free {} dead {} owned {}, {:?}, live {} of {}, new {}, blocked {:?}, \
+             changes {}, reads {}, operations {:?}, buffers {}\n  sealed: {:?}\n  {}\n  {:?}\n  {:?}\n  {:?}\n  {:?}",
+            self.counters,
             self.config.lane,
             self.failed,
             self.segments.free_count(),
@@ -585,6 +582,11 @@ impl Lane {
             self.reads.len(),
             self.operations.iter().map(|(_, operation)| operation).collect::<Vec<_>>(),
             self.batch_buffers.len(),
+            self.segments
+                .indices()
+                .filter(|segment| self.segments.state(*segment) == super::segment::SegmentState::Sealed)
+                .map(|segment| (segment.0, self.segments.live(segment), self.segments.is_cleaned(segment)))
+                .collect::<Vec<_>>(),
             streams.collect::<Vec<_>>().join(" "),
             self.map,
             self.syncer,

@@ -35,16 +35,6 @@ impl StreamKind {
             StreamKind::Map => 2,
         }
     }
-
-    /// Free segments that must be left when the stream takes one. Clients stop first, then what frees space
-    /// (moves, and descriptors that only release blocks), and the checkpoint that makes it usable last.
-    pub(super) fn free_segments_kept(self) -> u32 {
-        match self {
-            StreamKind::Client => 5,
-            StreamKind::Survivor => 2,
-            StreamKind::Map => 0,
-        }
-    }
 }
 
 /// For one entry of a batch: what must be done when it takes effect.
