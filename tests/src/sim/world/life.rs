@@ -494,7 +494,8 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     fn tolerance(&self) -> Tolerance {
         Tolerance {
             io: self.failed(),
-            no_space: self.world.setup.may_fill,
+            // A block that cannot be read cannot be moved either, so damage takes space away.
+            no_space: self.world.setup.may_fill || self.rotten,
             shutting_down: self.stage == Stage::Draining,
         }
     }
