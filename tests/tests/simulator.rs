@@ -5,7 +5,7 @@ use std::panic::catch_unwind;
 use system_tests::sim::canary::{BUGS, Bug, CanarySubject};
 use system_tests::sim::world::run_seed;
 
-/// The smallest number of seeds in which each bug must show itself.
+/// The number of seeds in which each bug must show itself.
 const SEEDS: u64 = 400;
 
 fn run(seed: u64, bug: Option<Bug>) -> u64 {
@@ -14,7 +14,7 @@ fn run(seed: u64, bug: Option<Bug>) -> u64 {
 
 #[test]
 fn a_correct_server_passes() {
-    for seed in 0..12 {
+    for seed in 0..6 {
         let report = run_seed(seed, &mut CanarySubject { bug: None }, false);
         assert!(report.clients.answers >= 2_000, "seed {seed} did {} requests", report.clients.answers);
         assert!(report.power_cuts + report.kills >= 5, "seed {seed}: {report:?}");
@@ -23,7 +23,7 @@ fn a_correct_server_passes() {
 
 #[test]
 fn a_seed_decides_everything() {
-    for seed in 100..104 {
+    for seed in 100..102 {
         assert_eq!(run(seed, None), run(seed, None));
     }
 }

@@ -29,6 +29,9 @@ struct Arguments {
     /// Run every seed twice and compare.
     #[arg(long)]
     twice: bool,
+    /// Print a backtrace of a failure.
+    #[arg(long)]
+    backtrace: bool,
     /// Simulate the canary, a small block server, in place of Berth.
     #[arg(long)]
     canary: bool,
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         jobs: arguments.jobs.max(1),
         verbose: arguments.verbose,
         twice: arguments.twice,
+        backtrace: arguments.backtrace,
         expect_failure: hunted,
         subject_arguments: subject_arguments(&arguments),
     };

@@ -3,6 +3,7 @@
 use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::DeviceIndex;
 use datapath::engine::shard::{Shard, ShardPool};
+use datapath::limits::PIECE_BYTES_MAX;
 use datapath::memory::Pages;
 use datapath::store::bugs::Bugs;
 use datapath::store::check::check_lane;
@@ -107,7 +108,7 @@ impl Subject for BerthSubject {
     }
 
     fn promises(&self, setup: &Setup) -> Promises {
-        Promises { durable_acks: setup.durable_acks, atomic_bytes: 0 }
+        Promises { durable_acks: setup.durable_acks, atomic_window_bytes: PIECE_BYTES_MAX.into() }
     }
 
     fn survives(&self, _setup: &Setup) -> Survives {

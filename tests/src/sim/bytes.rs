@@ -3,10 +3,17 @@
 use crate::to_usize;
 
 /// Bytes that are appended at one end and taken at the other.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct ByteQueue {
     bytes: Vec<u8>,
     taken: usize,
+}
+
+impl std::fmt::Debug for ByteQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let head = &self.peek()[..self.len().min(32)];
+        write!(f, "{} bytes: {head:02x?}", self.len())
+    }
 }
 
 impl ByteQueue {

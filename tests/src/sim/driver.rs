@@ -232,6 +232,19 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         self.inbox.is_empty() && self.operations.iter().all(Option::is_none)
     }
 
+    /// What the driver holds, for the message of a failure.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let pipes: Vec<&Pipe> =
+            self.connections.iter().flatten().map(|connection| &connection.pipe).collect();
+        let operations = self.operations.iter().flatten().count();
+        format!(
+            "receive buffers with the engine: {} of {}; device operations under way: {operations}\n{pipes:#?}",
+            self.buffers.lent_out_count(),
+            self.buffers.count()
+        )
+    }
+
     /// Asserts that the engine has returned what it borrowed, once it has no connections.
     pub fn assert_buffers_returned(&self) {
         if self.connections.iter().all(Option::is_none) {

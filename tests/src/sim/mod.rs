@@ -8,7 +8,7 @@
 //!      └─ clock  random  trace
 //! ```
 //!
-//! A seed decides everything. `canary` holds a small block server with bugs on request, which proves that the
+//! A seed decides everything. `berth` puts the real shard into this world; `canary` holds a small block server with bugs on request, which proves that the
 //! alarms ring.
 
 pub mod berth;

@@ -78,6 +78,12 @@ impl ReceiveBuffers {
         self.lent_out.iter().filter(|lent_out| **lent_out).count()
     }
 
+    /// Buffers in all.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.lent_out.len()
+    }
+
     fn range(&self, buffer: ReceiveBuffer) -> MemoryRange {
         MemoryRange { start: self.first.start + u32::from(buffer.0) * self.first.len, len: self.first.len }
     }

@@ -27,6 +27,8 @@ pub struct Options {
     pub verbose: bool,
     /// Run every seed twice, to prove that it decides everything.
     pub twice: bool,
+    /// Print a backtrace of a failure.
+    pub backtrace: bool,
     /// A bug is planted: a failure is what is wanted.
     pub expect_failure: bool,
     /// The arguments that make the same subject, for the command that replays a seed.
@@ -82,22 +84,23 @@ fn install_hook(options: Options) {
             println!("found by seed {seed}: {}", first_line(info));
             std::process::exit(0);
         }
-        explain(info, &options.subject_arguments);
+        explain(info, &options);
         std::process::exit(1);
     }));
 }
 
-fn explain(info: &PanicHookInfo<'_>, subject_arguments: &str) {
+fn explain(info: &PanicHookInfo<'_>, options: &Options) {
     let (seed, lines) = trace::tail(TRACE_LINES);
     eprintln!("\nseed {seed} fails: {info}\n\nthe last things that happened:");
     for line in lines {
         eprintln!("  {line}");
     }
+    let subject_arguments = &options.subject_arguments;
     eprintln!(
         "\nreplay: cargo run -p system-tests --release --bin simulate -- {subject_arguments}--seed {seed}"
     );
-    eprintln!("        with --verbose for the whole trace, RUST_BACKTRACE=1 for a backtrace");
-    if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+    eprintln!("        with --verbose for the whole trace, --backtrace for where it failed");
+    if options.backtrace {
         eprintln!("{}", std::backtrace::Backtrace::force_capture());
     }
 }

@@ -335,7 +335,7 @@ impl Canary {
         let step = running.step;
         if failed {
             let hide = self.has(Bug::HideWriteError) && step == Step::Store;
-            self.failed |= step != Step::Load;
+            self.failed |= step != Step::Load && !hide;
             return self.answer(if hide { 0 } else { EIO });
         }
         match step {
@@ -467,7 +467,7 @@ impl Engine for Canary {
     fn report(&self) {}
 
     fn is_open(&self) -> bool {
-        true
+        self.ready
     }
 
     fn is_drained(&self) -> bool {

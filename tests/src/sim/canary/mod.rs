@@ -115,7 +115,7 @@ impl Subject for CanarySubject {
     }
 
     fn promises(&self, setup: &Setup) -> Promises {
-        Promises { durable_acks: setup.durable_acks, atomic_bytes: 0 }
+        Promises { durable_acks: setup.durable_acks, atomic_window_bytes: 0 }
     }
 
     fn survives(&self, _setup: &Setup) -> Survives {

@@ -36,8 +36,9 @@ const NODES_BEFORE_PRUNING: usize = 8;
 pub struct Promises {
     /// Everything acknowledged survives a power cut (`durable`), not only what was flushed (`device`).
     pub durable_acks: bool,
-    /// A block-aligned write of at most this many bytes is applied wholly or not at all by a crash; 0 for none.
-    pub atomic_bytes: u64,
+    /// A write of whole blocks that crosses no multiple of this is applied wholly or not at all by a crash; 0 if
+    /// nothing is promised.
+    pub atomic_window_bytes: u64,
 }
 
 /// How the process ended.
@@ -186,7 +187,9 @@ impl Oracle {
         let start = self.tick();
         let id = u32::try_from(self.changes.len()).expect("fewer than 2^32 changes");
         let aligned = (offset_bytes | length_bytes).is_multiple_of(BLOCK_BYTES);
-        let atomic = kind == ChangeKind::Write && aligned && length_bytes <= self.promises.atomic_bytes;
+        let window = self.promises.atomic_window_bytes;
+        let fits = |window: u64| offset_bytes % window + length_bytes <= window;
+        let atomic = kind == ChangeKind::Write && aligned && window > 0 && fits(window);
         self.changes.push(Change {
             kind,
             offset_bytes,

@@ -6,7 +6,7 @@ const SECTOR: u64 = 512;
 const BLOCK: u64 = 4096;
 
 fn oracle(durable_acks: bool) -> Oracle {
-    Oracle::new(0, 1 << 20, Promises { durable_acks, atomic_bytes: 1 << 20 })
+    Oracle::new(0, 1 << 20, Promises { durable_acks, atomic_window_bytes: 1 << 20 })
 }
 
 impl Oracle {

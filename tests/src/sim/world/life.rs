@@ -302,6 +302,9 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             return self.connect(index);
         }
         let is_worker = matches!(self.sessions[index].role, Role::Worker(_));
+        if is_worker && !self.ending.last && self.random.per_million(self.world.swarm.rot_while_running) {
+            self.rot();
+        }
         if is_worker && self.random.per_million(self.world.swarm.disconnects) {
             return self.disconnect(index);
         }
@@ -319,6 +322,14 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         // Answers bring the client back as well; this one makes it send while it waits for them.
         let pause = self.random.skewed(2_000..=400_000);
         self.plan_think(index, pause);
+    }
+
+    /// Bits flip while the engine runs.
+    fn rot(&mut self) {
+        let (subject, setup) = (&*self.world.subject, &self.world.setup);
+        let flipped = self.driver.disk.flip_bits(1, |offset| subject.may_rot(setup, offset));
+        self.world.report.flipped_bits += flipped as u64;
+        self.rotten |= flipped > 0;
     }
 
     fn connect(&mut self, index: usize) {
@@ -483,13 +494,14 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     fn tolerance(&self) -> Tolerance {
         Tolerance {
             io: self.failed(),
-            no_space: self.world.setup.may_fill,
+            // A block that cannot be read cannot be moved either, so damage takes space away.
+            no_space: self.world.setup.may_fill || self.rotten,
             shutting_down: self.stage == Stage::Draining,
         }
     }
 
     fn describe(&self) -> String {
-        self.world.subject.describe(&self.driver.engine)
+        format!("{}{}", self.world.subject.describe(&self.driver.engine), self.driver.describe())
     }
 
     /// Is anything stuck?

@@ -32,7 +32,10 @@ struct Swarm {
     /// Percentage of lives in which the disk reports errors.
     errors: u64,
     stalls: u64,
+    /// Bits flip between lives.
     rot: bool,
+    /// Chance per million occasions.
+    rot_while_running: u64,
     lies: bool,
     tear_bytes: usize,
     delay_ns_max: u64,
@@ -346,6 +349,7 @@ fn draw_swarm(random: &mut Random, setup: &Setup, survives: Survives) -> Swarm {
         errors: if survives.errors { some(random, 40, 50) } else { 0 },
         stalls: some(random, 20, 300),
         rot: survives.rot && random.percent(25),
+        rot_while_running: if survives.rot { some(random, 10, 2_000) } else { 0 },
         lies: survives.lies && random.percent(4),
         tear_bytes: *random.pick(&[512, 4096]),
         delay_ns_max: *random.pick(&[5_000, 50_000, 200_000, 2_000_000]),
