@@ -6,7 +6,7 @@ use crate::units::{BLOCK_BYTES, MemoryRange};
 use std::collections::VecDeque;
 
 /// Pages of a connection from which short replies are sent.
-pub(super) const SEND_PAGES: u32 = 4;
+pub(super) const SEND_PAGES: u32 = 1;
 /// A connection with so many bytes of short replies waiting is not read from.
 pub(super) const SHORT_BACKLOG_BYTES: usize = 64 << 10;
 

@@ -57,14 +57,16 @@ impl<M: Memory> Shard<M> {
         let in_handshake =
             |connection: &&Box<Connection>| connection.peer == peer && connection.export.is_none();
         let handshakes = self.connections.iter().flatten().filter(in_handshake).count();
-        let room = handshakes < HANDSHAKES_PER_ADDRESS_MAX as usize && !self.draining;
-        // Requests leave some pages for this.
+        let room = handshakes < HANDSHAKES_PER_ADDRESS_MAX as usize
+            && self.connection_pages + SEND_PAGES <= self.connection_pages_max
+            && !self.draining;
         let memory = if room { self.pages.allocate(SEND_PAGES) } else { None };
         let Some(memory) = memory else {
             self.connections_refused += 1;
             self.effects.push_back(Effect::Close { connection: id });
             return;
         };
+        self.connection_pages += SEND_PAGES;
         self.generation += 1;
         let session = Session::new(SessionConfig { read_only: self.read_only });
         let mut output = Output::new(memory);
@@ -148,6 +150,7 @@ impl<M: Memory> Shard<M> {
         let Some(connection) = self.connections[id.0 as usize].take() else { return };
         assert!(!connection.output.is_sending() && !connection.receiving, "{id:?} closed with buffers lent");
         self.rejections.add(connection.session.rejections());
+        self.connection_pages -= SEND_PAGES;
         self.pages.release(connection.output.send_memory());
     }
 

@@ -97,10 +97,15 @@ pub struct Shard<M> {
     rejections: Rejections,
     connections_refused: u64,
     handshakes_timed_out: u64,
+    /// Pages that connections send from, and how many that may be.
+    connection_pages: u32,
+    connection_pages_max: u32,
 }
 
-/// Pages that requests leave free for what must go on whatever they do.
-const PAGES_KEPT: u32 = 256;
+/// One in so many pages is for connections: requests leave these alone, and connections take no more.
+const CONNECTION_PAGES_SHARE: u32 = 4;
+/// Pages that requests leave free besides, for the lanes.
+const PAGES_KEPT: u32 = 16;
 /// Rounds of lanes and waiting requests in one turn, before the driver's events are looked at again.
 const ROUNDS_PER_TURN_MAX: u32 = 4;
 
@@ -131,6 +136,7 @@ impl<M: Memory> Shard<M> {
             spaces.push(pool.space);
         }
         assert!(lanes.len() < 256, "tokens have room for 255 lanes");
+        let connection_pages_max = pages.free_count() / CONNECTION_PAGES_SHARE;
         Shard {
             now: Moment::default(),
             memory,
@@ -159,6 +165,8 @@ impl<M: Memory> Shard<M> {
             rejections: Rejections::default(),
             connections_refused: 0,
             handshakes_timed_out: 0,
+            connection_pages: 0,
+            connection_pages_max,
         }
     }
 
@@ -175,7 +183,8 @@ impl<M: Memory> Shard<M> {
 
     /// Memory for a client's request, if enough is left for what must go on.
     fn allocate(&mut self, pages: u32) -> Option<MemoryRange> {
-        if self.pages.free_count() < pages + PAGES_KEPT {
+        let for_connections = self.connection_pages_max - self.connection_pages;
+        if self.pages.free_count() < pages + for_connections + PAGES_KEPT {
             return None;
         }
         self.pages.allocate(pages)

@@ -278,11 +278,14 @@ impl Lane {
     }
 
     /// Free segments that must be left when the stream takes one. The checkpoint, which frees segments, may take
-    /// the last. The cleaner leaves what the next checkpoint needs. Clients leave enough besides for the cleaner
-    /// to empty a few segments, whatever lives in them: so there is always a way on.
+    /// the last. The cleaner leaves what the next checkpoint needs besides the rest of the map's segment, and one
+    /// for the map of the next mount. Clients leave enough besides for the cleaner to empty a few segments, whatever
+    /// lives in them: so there is always a way on.
     pub(super) fn segments_kept(&self, kind: StreamKind) -> u32 {
-        let checkpoint_blocks = self.map.dirty_count() as u64 + self.checkpointer.blocks_to_write();
-        let checkpoint = 1 + checkpoint_blocks.div_ceil(u64::from(self.config.layout.usable_blocks()));
+        let blocks = self.map.dirty_count() as u64 + self.checkpointer.blocks_to_write();
+        let with_descriptors = blocks + blocks.div_ceil(32) + 2;
+        let beyond = with_descriptors.saturating_sub(u64::from(self.blocks_left(StreamKind::Map)));
+        let checkpoint = 1 + beyond.div_ceil(u64::from(self.config.layout.usable_blocks()));
         let checkpoint = u32::try_from(checkpoint).expect("segments fit 32 bits");
         match kind {
             StreamKind::Client => checkpoint + 4,
@@ -291,36 +294,40 @@ impl Lane {
         }
     }
 
-    /// The stream leaves its segment for the next one and reserves one more.
+    /// The stream leaves its segment for the next one and reserves one more. The map's stream is never rolled
+    /// forward, so it needs no next one named in its batches.
     ///
     /// # Panics
     /// If no segment is free, or a batch is open: callers ask [`Self::can_advance`] first.
     pub(super) fn advance_segment(&mut self, kind: StreamKind) {
         assert!(self.streams[kind.index()].open.is_none());
         let position = self.streams[kind.index()].position.expect("an open stream");
-        self.segments.seal(position.segment);
-        let reserved = self.segments.open().expect("a free segment");
+        if position.generation > 0 {
+            self.segments.seal(position.segment);
+        }
+        let free = self.segments.open().expect("a free segment");
+        let (segment, next_segment) =
+            if kind == StreamKind::Map { (free, free) } else { (position.next_segment, free) };
         self.generation += 1;
-        self.streams[kind.index()].position = Some(Position {
-            segment: position.next_segment,
-            block: 0,
-            generation: self.generation,
-            next_segment: reserved,
-        });
+        self.streams[kind.index()].position =
+            Some(Position { segment, block: 0, generation: self.generation, next_segment });
     }
 
-    /// Assigns the first two segments of each stream. False if the lane has too few.
+    /// Assigns the segments with which the streams of this mount begin. Each stands at the end of a segment that is
+    /// not its own (the first anchor, where no batch is ever found), so its first append goes on to the segment
+    /// named here. False if the lane has too few.
     pub(super) fn open_streams(&mut self) -> bool {
-        if self.segments.free_count() < 2 * 3 {
+        if self.segments.free_count() < 3 {
             return false;
         }
-        for kind in StreamKind::ALL {
-            let segment = self.segments.open().expect("counted above");
+        let (segment, block) = (self.config.layout.anchor(0), self.config.layout.segment_blocks);
+        for kind in [StreamKind::Client, StreamKind::Survivor] {
             let next_segment = self.segments.open().expect("counted above");
-            self.generation += 1;
             self.streams[kind.index()].position =
-                Some(Position { segment, block: 0, generation: self.generation, next_segment });
+                Some(Position { segment, block, generation: 0, next_segment });
         }
+        self.streams[StreamKind::Map.index()].position =
+            Some(Position { segment, block, generation: 0, next_segment: segment });
         true
     }
 
