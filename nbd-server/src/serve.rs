@@ -12,7 +12,7 @@ use datapath::store::lane::Lane;
 use thiserror::Error;
 
 use crate::listener::{ListenAddress, ListenError, Listener};
-use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, format_pool, recover_pool};
+use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, create_pool, recover_pool};
 use crate::shards::{Shards, ShardsConfig, ShardsError};
 use crate::size::Size;
 use crate::stop::StopSignals;
@@ -148,11 +148,7 @@ fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
             }
             pool
         }
-        (false, Some(size)) => {
-            let pool = PoolFile::create(path, size.bytes)?;
-            format_pool(&pool, LANES)?;
-            pool
-        }
+        (false, Some(size)) => create_pool(path, size, LANES)?,
         (false, None) => return Err(ServeError::NoPool(path.to_owned())),
     };
     if !pool.is_direct() {

@@ -236,6 +236,32 @@ impl PoolFile {
         }
     }
 
+    /// Makes everything zero and keeps the space allocated. A new pool must not lie over the log of an old one,
+    /// whose batches could be taken for its own.
+    ///
+    /// # Errors
+    /// If the device fails. Its content is undefined then.
+    pub fn erase(&self) -> Result<(), PoolFileError> {
+        let failed = || io_error(&self.path, "erase");
+        let length = i64::try_from(self.length_bytes).expect("a file's length");
+        match fallocate(&*self.file, FallocateFlags::FALLOC_FL_ZERO_RANGE, 0, length) {
+            Ok(()) => {}
+            Err(nix::errno::Errno::EOPNOTSUPP) => {
+                let mut zeroes = AlignedMemory::new(BOUNCE_BYTES);
+                let zeroes = zeroes.bytes_mut();
+                let mut offset_bytes = 0;
+                while offset_bytes < self.length_bytes() {
+                    let rest = usize::try_from(self.length_bytes() - offset_bytes).unwrap_or(usize::MAX);
+                    let part = &zeroes[..rest.min(BOUNCE_BYTES)];
+                    self.write_at(offset_bytes, part).map_err(failed())?;
+                    offset_bytes += part.len() as u64;
+                }
+            }
+            Err(error) => return Err(failed()(error.into())),
+        }
+        self.file.sync_all().map_err(failed())
+    }
+
     /// Reads blocks, waiting for them: for recovery and tools, not for the reactor's thread.
     ///
     /// # Errors
