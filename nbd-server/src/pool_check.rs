@@ -73,7 +73,9 @@ pub fn check(path: &Path) -> Result<PoolCheck, PoolToolError> {
                 report.data_blocks += found.data_blocks;
                 report.leaf_blocks += found.leaf_blocks;
                 report.problems += found.problems;
-                report.listed.extend(found.listed.into_iter().map(|problem| format!("lane {lane}: {problem}")));
+                report
+                    .listed
+                    .extend(found.listed.into_iter().map(|problem| format!("lane {lane}: {problem}")));
                 lanes.push((lane, recovered));
             }
             Err(error) => report.add(error.to_string()),

@@ -27,11 +27,8 @@ use crate::volume_name::VolumeName;
 const BLANK_BYTES: usize = 1 << 20;
 
 /// Tools read a map once from end to end, and need no more of it at a time.
-pub(crate) const SETTINGS: LaneSettings = LaneSettings {
-    ack: AckPolicy::Durable,
-    map_cache: Some(Size { bytes: 64 << 20 }),
-    read_only: true,
-};
+pub(crate) const SETTINGS: LaneSettings =
+    LaneSettings { ack: AckPolicy::Durable, map_cache: Some(Size { bytes: 64 << 20 }), read_only: true };
 
 /// Why a tool did not do its work.
 #[derive(Debug, Error)]
@@ -345,9 +342,8 @@ pub fn remove_volume(path: &Path, name: &VolumeName) -> Result<Removed, PoolTool
         return Err(PoolToolError::NoVolume { path: path.to_owned(), name: name.clone(), has });
     };
     let identity = hexadecimal(&recovered.lanes[lane].volumes[volume].identity);
-    let released_blocks = recovered.lanes[lane]
-        .remove_volume(&mut Reader(&pool), volume)
-        .map_err(recovery_error(&pool))?;
+    let released_blocks =
+        recovered.lanes[lane].remove_volume(&mut Reader(&pool), volume).map_err(recovery_error(&pool))?;
     if recovered.lanes[lane].volumes.is_empty() {
         empty_lane(&pool, &recovered, lane)?;
     } else {
@@ -382,6 +378,7 @@ fn write_checkpoints(pool: &PoolFile, recovered: RecoveredPool) -> Result<(), Po
     let shards = Shards::start(vec![shard], &config)?;
     let (sender, stops) = channel();
     sender.send(Stop::Drain).expect("the receiver is here");
+    drop(sender);
     let shards = shards.run(stops)?;
     if shards.iter().flat_map(|shard| shard.lanes()).any(Lane::has_failed) {
         return Err(PoolToolError::DeviceFailed(pool.path().to_owned()));

@@ -1,5 +1,6 @@
 //! `berth serve`: one node with a fixed set of volumes.
 
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 
@@ -12,6 +13,8 @@ use datapath::store::lane::Lane;
 use thiserror::Error;
 
 use crate::listener::{ListenAddress, ListenError, Listener};
+use crate::metrics::start_metrics;
+use crate::metrics_page::render;
 use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, create_pool, recover_pool};
 use crate::shards::{Shards, ShardsConfig, ShardsError};
 use crate::size::Size;
@@ -114,6 +117,8 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     for address in &config.nbd {
         listeners.push(Listener::bind(address)?);
     }
+    let metrics = config.metrics.as_deref().map(TcpListener::bind).transpose();
+    let metrics = metrics.map_err(process("listen for metrics"))?;
     let (sender, stops) = channel();
     signals
         .watch(move |stop| {
@@ -130,6 +135,11 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     if !shards.wait_until_open() {
         shards.run(stops)?;
         return Err(ServeError::NotReady);
+    }
+    if let Some(listener) = metrics {
+        let mailboxes = shards.mailboxes().to_vec();
+        let address = start_metrics(listener, move || render(&mailboxes));
+        println!("metrics http://{}/metrics", address.map_err(process("start a thread"))?);
     }
     announce(&listeners, &names);
     shards.run(stops)?;
