@@ -588,7 +588,7 @@ mod tests {
 
     #[test]
     fn the_edges_of_a_trim_may_stay_until_a_read_has_decided() {
-        let mut verifier = volume();
+        let mut verifier = Verifier::new(16 * SECTOR_BYTES, SEED, Loss::Kill);
         let change = verifier.begin_change(0, 16, false);
         verifier.finish_change(change, DONE);
         let trim = verifier.begin_trim(3, 10);
