@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 use berth::bench::{self, BenchArgs};
 
+mod pool;
 mod serve;
 
 /// Block volumes for containers.
@@ -21,6 +22,7 @@ struct Arguments {
 enum Command {
     Serve(serve::ServeArguments),
     Bench(BenchCommand),
+    Pool(pool::PoolArguments),
 }
 
 /// Load volumes over NBD and measure, or verify that none of it is lost.
@@ -46,12 +48,15 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(colours).init();
     let result = match arguments.command {
         Command::Serve(arguments) => {
-            nbd_server::serve(arguments.into_config()).map_err(|error| error.to_string())
+            nbd_server::serve(arguments.into_config()).map(|()| true).map_err(|error| error.to_string())
         }
-        Command::Bench(command) => run_bench(&command),
+        Command::Bench(command) => run_bench(&command).map(|()| true),
+        Command::Pool(arguments) => pool::run(&arguments),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        // What is wrong was printed as the result.
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("berth: {error}");
             ExitCode::FAILURE

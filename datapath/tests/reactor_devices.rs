@@ -78,6 +78,10 @@ impl Engine for Player {
 
     fn report(&self) {}
 
+    fn is_open(&self) -> bool {
+        true
+    }
+
     fn is_drained(&self) -> bool {
         self.under_way == 0 && self.effects.is_empty() && self.rounds.is_empty()
     }

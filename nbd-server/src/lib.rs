@@ -2,6 +2,9 @@
 
 pub mod listener;
 pub mod metrics;
+pub mod metrics_page;
+pub mod pool_check;
+pub mod pool_tools;
 pub mod pools;
 pub mod serve;
 pub mod shards;

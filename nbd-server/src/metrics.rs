@@ -14,12 +14,14 @@ const REQUEST_READS_MAX: usize = 8;
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Starts a thread that answers `GET /metrics` with what `render` returns. It ends with the process. Returns the
-/// address, with the port that the kernel chose for port 0.
+/// address.
 ///
 /// # Errors
-/// If the address cannot be listened on.
-pub fn start_metrics(address: &str, render: impl Fn() -> String + Send + 'static) -> io::Result<SocketAddr> {
-    let listener = TcpListener::bind(address)?;
+/// If no thread can be started.
+pub fn start_metrics(
+    listener: TcpListener,
+    render: impl Fn() -> String + Send + 'static,
+) -> io::Result<SocketAddr> {
     let address = listener.local_addr()?;
     std::thread::Builder::new().name("metrics".to_owned()).spawn(move || {
         for stream in listener.incoming() {
@@ -86,7 +88,7 @@ fn request_path(head: &[u8]) -> Option<(&[u8], &[u8])> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::net::{Shutdown, SocketAddr, TcpStream};
+    use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 
     use super::start_metrics;
 
@@ -101,7 +103,8 @@ mod tests {
 
     #[test]
     fn answers_scrapes_and_survives_everything_else() {
-        let address = start_metrics("127.0.0.1:0", || "berth_up 1\n# EOF\n".to_owned()).expect("a port");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = start_metrics(listener, || "berth_up 1\n# EOF\n".to_owned()).expect("a thread");
         let good = ask(address, b"GET /metrics?x=1 HTTP/1.1\r\nHost: x\r\n\r\n");
         assert!(
             good.starts_with("HTTP/1.0 200 OK\r\n") && good.ends_with("\r\n\r\nberth_up 1\n# EOF\n"),

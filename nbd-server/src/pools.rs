@@ -1,20 +1,20 @@
 //! From pool files to a shard: format, recover, make and grow volumes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::DeviceIndex;
 use datapath::engine::shard::{Shard, ShardPool};
 use datapath::limits::VOLUME_BYTES_MAX;
 use datapath::memory::Pages;
-use datapath::reactor::pool_file::PoolFile;
+use datapath::reactor::pool_file::{PoolFile, PoolFileError};
 use datapath::reactor::{Arena, ArenaLayout};
 use datapath::store::bugs::Bugs;
 use datapath::store::checkpoint_body::VolumeRecord;
 use datapath::store::format::format_writes;
 use datapath::store::lane::{AckPolicy, Lane, LaneConfig};
 use datapath::store::layout::{Layout, LayoutError};
-use datapath::store::recovery::{PoolReader, RecoveryError, read_layout, recover_lane};
+use datapath::store::recovery::{PoolReader, Recovered, RecoveryError, read_layout, recover_lane};
 use datapath::units::{BLOCK_BYTES, BLOCK_BYTES_U64};
 use thiserror::Error;
 
@@ -34,6 +34,9 @@ const MAP_CACHE_BYTES: u64 = 8 << 30;
 /// Why pools cannot be served.
 #[derive(Debug, Error)]
 pub enum PoolsError {
+    /// The pool's file.
+    #[error(transparent)]
+    File(#[from] PoolFileError),
     /// The pool cannot be laid out.
     #[error("{path}: {source}")]
     Layout {
@@ -99,7 +102,9 @@ pub struct LaneSettings {
     pub read_only: bool,
 }
 
-struct Reader<'p>(&'p PoolFile);
+/// Reads a pool for recovery and tools.
+#[derive(Debug)]
+pub struct Reader<'p>(pub &'p PoolFile);
 
 impl PoolReader for Reader<'_> {
     fn len_bytes(&self) -> u64 {
@@ -111,7 +116,23 @@ impl PoolReader for Reader<'_> {
     }
 }
 
-/// Makes a new file into an empty pool.
+/// Makes a file with an empty pool. One that cannot be finished is removed.
+///
+/// # Errors
+/// If there is something of that name, or no pool can be made of this size.
+pub fn create_pool(path: &Path, size: Size, lanes: u32) -> Result<PoolFile, PoolsError> {
+    let layout = Layout::for_new_pool([0; 16], size.bytes, lanes);
+    layout.map_err(|source| PoolsError::Layout { path: path.to_owned(), source })?;
+    let pool = PoolFile::create(path, size.bytes)?;
+    if let Err(error) = format_pool(&pool, lanes) {
+        // Ours, and of no use to anybody.
+        let _ = std::fs::remove_file(path);
+        return Err(error);
+    }
+    Ok(pool)
+}
+
+/// Makes a file of zeroes into an empty pool.
 ///
 /// # Errors
 /// [`PoolsError::Layout`], [`PoolsError::Write`] and [`PoolsError::Random`].
@@ -134,8 +155,10 @@ pub fn format_pool(pool: &PoolFile, lanes: u32) -> Result<Layout, PoolsError> {
 /// A pool whose lanes were recovered.
 #[derive(Debug)]
 pub struct RecoveredPool {
-    layout: Layout,
-    lanes: Vec<datapath::store::recovery::Recovered>,
+    /// What its header says.
+    pub layout: Layout,
+    /// Its lanes.
+    pub lanes: Vec<Recovered>,
     is_file: bool,
 }
 

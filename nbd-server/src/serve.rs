@@ -1,18 +1,23 @@
 //! `berth serve`: one node with a fixed set of volumes.
 
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 
+use datapath::engine::report::ShardReport;
 use datapath::reactor::affinity::AffinityError;
 pub use datapath::reactor::affinity::CpuList;
 use datapath::reactor::features::{Features, MaskError};
+use datapath::reactor::mailbox::{Mailbox, Message};
 use datapath::reactor::pool_file::{PoolFile, PoolFileError};
 pub use datapath::store::lane::AckPolicy;
 use datapath::store::lane::Lane;
 use thiserror::Error;
 
 use crate::listener::{ListenAddress, ListenError, Listener};
-use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, format_pool, recover_pool};
+use crate::metrics::start_metrics;
+use crate::metrics_page::render;
+use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, create_pool, recover_pool};
 use crate::shards::{Shards, ShardsConfig, ShardsError};
 use crate::size::Size;
 use crate::stop::StopSignals;
@@ -86,7 +91,7 @@ pub enum ServeError {
     #[error(transparent)]
     Content(#[from] PoolsError),
     /// A disk failed while the volumes were being brought up.
-    #[error("the shards ended before they were ready")]
+    #[error("a disk failed before the volumes were ready; nothing was served")]
     NotReady,
 }
 
@@ -114,6 +119,8 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     for address in &config.nbd {
         listeners.push(Listener::bind(address)?);
     }
+    let metrics = config.metrics.as_deref().map(TcpListener::bind).transpose();
+    let metrics = metrics.map_err(process("listen for metrics"))?;
     let (sender, stops) = channel();
     signals
         .watch(move |stop| {
@@ -127,9 +134,15 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let devices = files.iter().map(PoolFile::file).collect();
     let shards =
         Shards::start(vec![shard], &ShardsConfig { listeners: &listeners, devices, cpus, features })?;
-    if !shards.wait_until_open() {
+    if !shards.wait_until_open() || has_failed(shards.mailboxes()) {
+        shards.drain();
         shards.run(stops)?;
         return Err(ServeError::NotReady);
+    }
+    if let Some(listener) = metrics {
+        let mailboxes = shards.mailboxes().to_vec();
+        let address = start_metrics(listener, move || render(&mailboxes));
+        println!("metrics http://{}/metrics", address.map_err(process("start a thread"))?);
     }
     announce(&listeners, &names);
     shards.run(stops)?;
@@ -148,11 +161,7 @@ fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
             }
             pool
         }
-        (false, Some(size)) => {
-            let pool = PoolFile::create(path, size.bytes)?;
-            format_pool(&pool, LANES)?;
-            pool
-        }
+        (false, Some(size)) => create_pool(path, size, LANES)?,
         (false, None) => return Err(ServeError::NoPool(path.to_owned())),
     };
     if !pool.is_direct() {
@@ -161,6 +170,15 @@ fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
     let (length_bytes, volatile_cache) = (pool.length_bytes(), pool.has_volatile_cache());
     tracing::info!(pool = %path.display(), length_bytes, volatile_cache, "pool");
     Ok(pool)
+}
+
+/// Did a disk fail while the lanes made safe what they had recovered?
+fn has_failed(mailboxes: &[Mailbox<ShardReport>]) -> bool {
+    mailboxes.iter().any(|mailbox| {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let report = mailbox.post(Message::Inspect(sender)).ok().and_then(|()| receiver.recv().ok());
+        report.is_none_or(|snapshot| snapshot.report.lanes.iter().any(|lane| lane.failed))
+    })
 }
 
 /// Prints on standard output the URIs under which clients find the volumes.

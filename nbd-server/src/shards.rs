@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use datapath::engine::ports::Engine;
 use datapath::reactor::affinity::{AffinityError, pin_thread};
@@ -15,6 +16,10 @@ use thiserror::Error;
 
 use crate::listener::Listener;
 use crate::stop::Stop;
+
+/// How long a drain may take. Container runtimes kill after 10 s; what was answered is safe either way, but the next
+/// start then reads more of the log.
+const DRAIN_MAX: Duration = Duration::from_secs(8);
 
 /// Why the shards could not start, or did not end well.
 #[derive(Debug, Error)]
@@ -127,18 +132,34 @@ where
         })
     }
 
-    /// Passes on what `stops` brings until all shards have ended. Gives the engines back in order.
+    /// Tells all shards to finish.
+    pub fn drain(&self) {
+        post_all(&self.mailboxes, || Message::Drain);
+    }
+
+    /// Passes on what `stops` brings until all shards have ended. Gives the engines back in order. A drain that takes
+    /// longer than [`DRAIN_MAX`], because a client does not take its answers, is cut short.
     ///
     /// # Errors
     /// The first error of a shard.
     pub fn run(self, stops: Receiver<Stop>) -> Result<Vec<E>, ShardsError> {
         let mailboxes = self.mailboxes;
         std::thread::Builder::new().name("stop".to_owned()).spawn(move || {
-            for stop in stops {
-                post_all(&mailboxes, || match stop {
-                    Stop::Drain => Message::Drain,
-                    Stop::Now => Message::Abort,
-                });
+            let Ok(mut stop) = stops.recv() else { return };
+            if stop == Stop::Drain {
+                post_all(&mailboxes, || Message::Drain);
+                stop = match stops.recv_timeout(DRAIN_MAX) {
+                    Ok(stop) => stop,
+                    Err(RecvTimeoutError::Timeout) => {
+                        tracing::warn!("clients do not take their answers; ending without them");
+                        Stop::Now
+                    }
+                    // Nobody is left to be impatient.
+                    Err(RecvTimeoutError::Disconnected) => return,
+                };
+            }
+            if stop == Stop::Now {
+                post_all(&mailboxes, || Message::Abort);
             }
         })?;
         // All of them, before the first error is told: a shard that still runs still writes.

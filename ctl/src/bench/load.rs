@@ -10,7 +10,7 @@ use super::args::BenchArgs;
 use super::client::{Answer, Ask, Client, ClientError};
 use super::random::Random;
 use super::report::{Kind, Tally};
-use super::verify::{Change, FlushMark, Outcome, ReadMark, SECTOR_BYTES, fill};
+use super::verify::{Change, FlushMark, Outcome, ReadMark, SECTOR_BYTES, Trim, fill};
 use super::volume::Volume;
 use super::{BenchError, Control, Plan};
 
@@ -23,6 +23,7 @@ enum Proof {
     None,
     Read(ReadMark),
     Change(Change),
+    Trim(Trim),
     Flush(FlushMark),
 }
 
@@ -189,7 +190,8 @@ impl Worker<'_> {
             match ask.kind {
                 Kind::Read => Proof::Read(verifier.begin_read()),
                 Kind::Write => Proof::Change(verifier.begin_change(first, sectors, false)),
-                Kind::Trim | Kind::Zeroes => Proof::Change(verifier.begin_change(first, sectors, true)),
+                Kind::Zeroes => Proof::Change(verifier.begin_change(first, sectors, true)),
+                Kind::Trim => Proof::Trim(verifier.begin_trim(first, sectors)),
                 Kind::Flush => Proof::Flush(verifier.begin_flush()),
             }
         });
@@ -266,9 +268,12 @@ impl Worker<'_> {
             (Proof::Read(_), Some(error)) => return Err(self.volume.read_failed(ask.offset_bytes, error)),
             (Proof::Read(mark), None) => self.volume.check(mark, ask.offset_bytes, &data)?,
             (Proof::Change(change), error) => {
-                let outcome =
-                    if error.is_some() { Outcome::Failed } else { Outcome::Done { durable: ask.fua } };
-                self.volume.verifier().expect("proofs come from it").finish_change(change, outcome);
+                let mut verifier = self.volume.verifier().expect("proofs come from it");
+                verifier.finish_change(change, outcome_of(ask, error));
+            }
+            (Proof::Trim(trim), error) => {
+                let mut verifier = self.volume.verifier().expect("proofs come from it");
+                verifier.finish_trim(trim, outcome_of(ask, error));
             }
             (Proof::Flush(_), Some(_)) => {}
             (Proof::Flush(mark), None) => {
@@ -277,6 +282,10 @@ impl Worker<'_> {
         }
         Ok(data)
     }
+}
+
+fn outcome_of(ask: Ask, error: Option<u32>) -> Outcome {
+    if error.is_some() { Outcome::Failed } else { Outcome::Done { durable: ask.fua } }
 }
 
 /// Why a connection stopped working.

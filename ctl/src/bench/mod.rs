@@ -281,7 +281,10 @@ fn run_workers(
         }
         let results: Vec<_> =
             threads.into_iter().map(|one| one.join().expect("workers do not panic")).collect();
-        results.into_iter().collect()
+        let (done, mut failed): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+        // A connection that was given up because another one found out what is wrong has less to tell.
+        failed.sort_by_key(|result| matches!(result, Err(BenchError::Client { .. })));
+        failed.into_iter().take(1).chain(done).collect()
     })
 }
 

@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::{major, minor};
@@ -16,6 +18,9 @@ use crate::units::{BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
 const BOUNCE_BYTES: usize = 1 << 20;
 /// Direct I/O wants memory that starts at a multiple of this; devices need 4 to 512, and the arena has it.
 const MEMORY_ALIGNMENT_BYTES: usize = 512;
+
+/// How long a dead process may hold the pool. Requests that it had under way end within this on any healthy device.
+const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// Why a pool's file cannot be used.
 #[derive(Debug, Error)]
@@ -141,11 +146,8 @@ impl PoolFile {
     }
 
     fn finish_open(path: &Path, file: File, is_direct: bool) -> Result<PoolFile, PoolFileError> {
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(PoolFileError::InUse { path: path.to_owned() }),
-            Err(TryLockError::Error(source)) => return Err(io_error(path, "lock")(source)),
-        }
+        let file = Arc::new(file);
+        lock(path, &file)?;
         let metadata = file.metadata().map_err(io_error(path, "stat"))?;
         let is_block_device = metadata.file_type().is_block_device();
         let queue = QueueLimits::of(if is_block_device { metadata.rdev() } else { metadata.dev() });
@@ -154,7 +156,7 @@ impl PoolFile {
         }
         let mut pool = PoolFile {
             path: path.to_owned(),
-            file: Arc::new(file),
+            file,
             length_bytes: 0,
             is_block_device,
             is_direct,
@@ -236,6 +238,32 @@ impl PoolFile {
         }
     }
 
+    /// Makes everything zero and keeps the space allocated. A new pool must not lie over the log of an old one,
+    /// whose batches could be taken for its own.
+    ///
+    /// # Errors
+    /// If the device fails. Its content is undefined then.
+    pub fn erase(&self) -> Result<(), PoolFileError> {
+        let failed = || io_error(&self.path, "erase");
+        let length = i64::try_from(self.length_bytes).expect("a file's length");
+        match fallocate(&*self.file, FallocateFlags::FALLOC_FL_ZERO_RANGE, 0, length) {
+            Ok(()) => {}
+            Err(nix::errno::Errno::EOPNOTSUPP) => {
+                let mut zeroes = AlignedMemory::new(BOUNCE_BYTES);
+                let zeroes = zeroes.bytes_mut();
+                let mut offset_bytes = 0;
+                while offset_bytes < self.length_bytes() {
+                    let rest = usize::try_from(self.length_bytes() - offset_bytes).unwrap_or(usize::MAX);
+                    let part = &zeroes[..rest.min(BOUNCE_BYTES)];
+                    self.write_at(offset_bytes, part).map_err(failed())?;
+                    offset_bytes += part.len() as u64;
+                }
+            }
+            Err(error) => return Err(failed()(error.into())),
+        }
+        self.file.sync_all().map_err(failed())
+    }
+
     /// Reads blocks, waiting for them: for recovery and tools, not for the reactor's thread.
     ///
     /// # Errors
@@ -309,6 +337,28 @@ fn open_direct(path: &Path, exclusive: i32, create: bool) -> Result<(File, bool)
         let _ = fs::remove_file(path);
     }
     open(0).map(|file| (file, false)).map_err(|error| open_error(path, error))
+}
+
+/// Takes the lock, waiting for one that is about to go: the kernel takes a dead process's ring apart in the background,
+/// and until its last write has ended, the ring holds the file and thereby the lock.
+fn lock(path: &Path, file: &Arc<File>) -> Result<(), PoolFileError> {
+    match file.try_lock() {
+        Ok(()) => return Ok(()),
+        Err(TryLockError::WouldBlock) => {}
+        Err(TryLockError::Error(source)) => return Err(io_error(path, "lock")(source)),
+    }
+    let (sender, receiver) = sync_channel(1);
+    let waiting = Arc::clone(file);
+    // A lock can be waited for only by a thread that has nothing else to do. In vain, it waits until the process ends
+    // or the other one does; a lock taken then goes with the file.
+    std::thread::Builder::new()
+        .name("pool-lock".to_owned())
+        .spawn(move || sender.send(waiting.lock()))
+        .map_err(io_error(path, "start a thread"))?;
+    match receiver.recv_timeout(LOCK_WAIT) {
+        Ok(locked) => locked.map_err(io_error(path, "lock")),
+        Err(_) => Err(PoolFileError::InUse { path: path.to_owned() }),
+    }
 }
 
 fn open_error(path: &Path, source: io::Error) -> PoolFileError {

@@ -1,6 +1,7 @@
 //! Making a new pool.
 
 use super::layout::{ANCHORS, Layout, Place, SegmentIndex};
+use super::recovery::Recovered;
 use super::root::{Cursor, Root};
 use crate::units::BLOCK_BYTES_USIZE;
 
@@ -26,6 +27,19 @@ pub fn format_writes(layout: &Layout) -> Vec<FormatWrite> {
         add(layout.place(layout.anchor(anchor), 0), layout.encode());
     }
     writes
+}
+
+/// The root of a lane that has lost its last volume: as in a new pool, but older roots and batches stay older. Its
+/// segments belong to the pool again.
+#[must_use]
+pub fn emptied_root(layout: &Layout, lane: u32, recovered: &Recovered) -> Root {
+    assert!(recovered.volumes.is_empty(), "the lane has volumes");
+    Root {
+        checkpoint: recovered.checkpoint + 1,
+        mount: recovered.mount + 1,
+        last_number: recovered.last_number,
+        ..empty_root(layout, lane)
+    }
 }
 
 /// A root without volumes. Its cursors stand on the anchor, where no batch is ever found.

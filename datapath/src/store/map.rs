@@ -212,6 +212,22 @@ impl Map {
         self.tables.push(table);
     }
 
+    /// Removes a volume with its leaves; those after it move up. For tools: nothing may be under way.
+    pub(super) fn remove_volume(&mut self, volume: u32) {
+        for (index, frame) in (0..).zip(&mut self.frames).filter(|(_, frame)| frame.loaded) {
+            if frame.volume > volume {
+                frame.volume -= 1;
+            } else if frame.volume == volume {
+                assert!(frame.pins == 0 && !frame.frozen && frame.set_aside.is_none(), "the leaf is in use");
+                self.dirty -= usize::from(std::mem::take(&mut frame.dirty));
+                frame.loaded = false;
+                self.unused.push(FrameIndex(index));
+                self.in_use -= 1;
+            }
+        }
+        self.tables.remove(volume as usize);
+    }
+
     /// The leaf table of a volume.
     #[must_use]
     pub fn table(&self, volume: u32) -> &LeafTable {
@@ -494,6 +510,20 @@ mod tests {
         assert!(matches!(cache.find(1, 0), Presence::Here(_)));
         assert!(matches!(cache.find(1, 1), Presence::Here(_)));
         assert!((2..16).all(|leaf| cache.find(1, leaf) == Presence::Away(mapping(100 + leaf))));
+    }
+
+    #[test]
+    fn a_removed_volume_takes_its_leaves_along_and_the_next_moves_up() {
+        let mut cache = map(1 << 20);
+        for volume in 0..2 {
+            let frame = cache.admit(volume, 7);
+            cache.set(frame, 0, mapping(10 + volume), 1);
+        }
+        cache.remove_volume(0);
+        assert_eq!((cache.resident_count(), cache.dirty_count()), (1, 1));
+        let Presence::Here(frame) = cache.find(0, 7) else { panic!("the other volume's leaf stays") };
+        assert_eq!((cache.owner(frame), cache.get(frame, 0)), ((0, 7), mapping(11)));
+        assert_eq!(cache.freeze(), vec![frame]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod format;
 pub mod lane;
 pub mod layout;
 pub mod map;
+pub mod offline;
 pub mod recovery;
 pub mod root;
 pub mod segment;

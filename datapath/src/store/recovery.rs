@@ -433,7 +433,7 @@ fn apply_batch(
 }
 
 /// The leaf, loaded if need be.
-fn leaf_at_hand(
+pub(super) fn leaf_at_hand(
     reader: &mut impl PoolReader,
     recovered: &mut Recovered,
     volume: usize,

@@ -1,12 +1,13 @@
 //! `berth serve` as a child process.
+#![expect(clippy::disallowed_methods, reason = "system tests run in real time")]
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::tools::dying_with_us;
 use super::{Scratch, target_folder};
@@ -46,11 +47,20 @@ impl Options {
     }
 }
 
+/// A command of the binary under test.
+#[must_use]
+pub fn berth(arguments: &[&str]) -> Command {
+    let mut command = dying_with_us(binary().to_str().expect("a path in UTF-8"));
+    command.args(arguments);
+    command
+}
+
 /// A server that is ready. Dropped without being stopped, it is killed.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
     uris: Vec<String>,
+    metrics: Option<String>,
 }
 
 /// The binary under test: `BERTH_BIN`, or the one built beside the tests.
@@ -93,18 +103,20 @@ impl Server {
         // Reads to the end, also what comes later: a full pipe would stop the server.
         thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
-                if let Some(uri) = line.strip_prefix("ready ") {
-                    // Nobody listens any more once all are ready.
-                    let _ = tell.send(uri.to_owned());
-                }
+                // Nobody listens any more once all are ready.
+                let _ = tell.send(line);
             }
         });
-        let mut server = Server { child, uris: Vec::new() };
-        for _ in &options.volumes {
-            let uri = told.recv_timeout(READY_TIMEOUT).unwrap_or_else(|_| {
+        let mut server = Server { child, uris: Vec::new(), metrics: None };
+        while server.uris.len() < options.volumes.len() {
+            let line = told.recv_timeout(READY_TIMEOUT).unwrap_or_else(|_| {
                 panic!("berth serve was not ready: {:?}", server.child.try_wait());
             });
-            server.uris.push(uri);
+            match line.split_once(' ') {
+                Some(("ready", uri)) => server.uris.push(uri.to_owned()),
+                Some(("metrics", url)) => server.metrics = Some(url.to_owned()),
+                _ => panic!("berth serve says {line:?}"),
+            }
         }
         server
     }
@@ -137,10 +149,41 @@ impl Server {
     /// # Panics
     /// If it reports a failure.
     pub fn stop(mut self) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a process id"));
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("our child");
+        self.terminate();
         let status = self.child.wait().expect("our child");
         assert!(status.success(), "the server ended with {status}");
+    }
+
+    /// SIGTERM, and nothing more.
+    ///
+    /// # Panics
+    /// If the process is gone.
+    pub fn terminate(&self) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a process id"));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("our child");
+    }
+
+    /// How the process ended, if it does within this time.
+    ///
+    /// # Panics
+    /// If it cannot be waited for.
+    pub fn wait_at_most(&mut self, most: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + most;
+        loop {
+            match self.child.try_wait().expect("our child") {
+                None if Instant::now() < deadline => thread::park_timeout(Duration::from_millis(2)),
+                ended => return ended,
+            }
+        }
+    }
+
+    /// Where the metrics are.
+    ///
+    /// # Panics
+    /// If the server was not told to serve them.
+    #[must_use]
+    pub fn metrics_url(&self) -> &str {
+        self.metrics.as_deref().expect("--metrics was given")
     }
 
     /// Is it still there?

@@ -55,7 +55,7 @@ pub struct MemoryPlan {
 pub struct Survives {
     /// Device operations that report errors.
     pub errors: bool,
-    /// Flipped bits in pages that two later syncs have followed.
+    /// Flipped bits in pages that five later syncs have followed.
     pub rot: bool,
     /// Lost and misdirected writes.
     pub lies: bool,

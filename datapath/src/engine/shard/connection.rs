@@ -54,12 +54,8 @@ pub(super) struct Connection {
 impl<M: Memory> Shard<M> {
     pub(super) fn accept(&mut self, id: ConnectionId, peer: PeerAddress) {
         assert!(self.connections[id.0 as usize].is_none(), "{id:?} is in use");
-        let in_handshake =
-            |connection: &&Box<Connection>| connection.peer == peer && connection.export.is_none();
-        let handshakes = self.connections.iter().flatten().filter(in_handshake).count();
-        let room = handshakes < HANDSHAKES_PER_ADDRESS_MAX as usize
-            && self.connection_pages + SEND_PAGES <= self.connection_pages_max
-            && !self.draining;
+        self.make_room_for_handshake(peer);
+        let room = self.connection_pages + SEND_PAGES <= self.connection_pages_max && !self.draining;
         let memory = if room { self.pages.allocate(SEND_PAGES) } else { None };
         let Some(memory) = memory else {
             self.connections_refused += 1;
@@ -88,6 +84,26 @@ impl<M: Memory> Shard<M> {
         self.deadlines.push_back((self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.generation));
         self.to_send.push(id);
         self.ready.push_back(id);
+    }
+
+    /// An address with too many handshakes loses its oldest one: whoever opens connections and says nothing cannot
+    /// keep out a neighbour that does.
+    fn make_room_for_handshake(&mut self, peer: PeerAddress) {
+        let mut count = 0;
+        let mut oldest: Option<(u64, ConnectionId)> = None;
+        for (index, connection) in (0..).zip(&self.connections) {
+            let Some(connection) = connection else { continue };
+            let talking = connection.ending != Ending::Closing && connection.export.is_none();
+            if talking && connection.peer == peer {
+                count += 1;
+                let this = (connection.generation, ConnectionId(index));
+                oldest = Some(oldest.map_or(this, |oldest| oldest.min(this)));
+            }
+        }
+        if let (Some((_, id)), true) = (oldest, count >= HANDSHAKES_PER_ADDRESS_MAX) {
+            self.connections_refused += 1;
+            self.close(id);
+        }
     }
 
     /// The connection, unless it is being closed.

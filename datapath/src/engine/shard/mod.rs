@@ -410,7 +410,7 @@ impl<M: Memory> Engine for Shard<M> {
                 failed: lane.has_failed(),
             }
         };
-        let mut rejections = self.rejections.clone();
+        let mut rejections = self.rejections;
         self.connections
             .iter()
             .flatten()

@@ -23,7 +23,7 @@ impl<M: Memory> Shard<M> {
             }
             let start = request.offset_bytes + state.begun_bytes;
             let end = request.offset_bytes + request.length_bytes;
-            let cut = start % BLOCK_BYTES_U64 != 0 || end - start < BLOCK_BYTES_U64;
+            let cut = !start.is_multiple_of(BLOCK_BYTES_U64) || end - start < BLOCK_BYTES_U64;
             let (stop, is_stored) = if cut {
                 (end.min((start / BLOCK_BYTES_U64 + 1) * BLOCK_BYTES_U64), zero)
             } else {

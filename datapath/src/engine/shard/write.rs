@@ -194,9 +194,10 @@ impl<M: Memory> Shard<M> {
         let PieceKind::Write(write) = self.pieces.get(piece).kind else { unreachable!("a write") };
         self.set_stage(piece, Stage::Writing);
         let task = self.pieces.get(piece).task;
-        let durable = match self.tasks.get(task).request.operation {
-            Operation::Write { durable } | Operation::WriteZeroes { durable, .. } => durable,
-            _ => unreachable!("only writes write"),
+        let (Operation::Write { durable } | Operation::WriteZeroes { durable, .. }) =
+            self.tasks.get(task).request.operation
+        else {
+            unreachable!("only writes write")
         };
         let whole = write.to_write();
         if write.is_cut() {

@@ -1,3 +1,5 @@
+//! The transmission's codec against golden bytes, round trips and noise.
+
 use super::*;
 use crate::wire::random::Xorshift;
 

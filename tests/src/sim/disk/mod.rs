@@ -16,7 +16,7 @@
 //! |---|---|
 //! | power cut, kill, reordering, tearing, stalls | every promise of the durability policy |
 //! | a write, read or sync that reports an error | EIO (or a read-only volume) until a restart; nothing that was acknowledged and flushed is lost; after a failed sync what it covered may be |
-//! | a flipped bit in a page that two later syncs have followed | EIO for what it holds, or a refusal to start; never wrong data, and all is well again once the bit is flipped back |
+//! | a flipped bit in a page that five later syncs have followed | EIO for what it holds, or a refusal to start; never wrong data, and all is well again once the bit is flipped back |
 //! | a flipped bit in a younger page | *not asked*: the end of a log cannot be told from a torn write until a later synced batch proves that it was once whole |
 //! | a lost or misdirected write | EIO, a refusal to start, or an older value that once was in the same place; never bytes that no client wrote there. More *cannot be asked* of one replica, which has no second witness |
 //! | a kill whose in-flight writes reach the disk after the next start | *not asked*: the pool's lock is held by the file until the kernel has finished them |

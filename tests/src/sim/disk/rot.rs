@@ -4,6 +4,9 @@ use super::image::{Image, PAGE_BYTES};
 use crate::sim::random::Random;
 use crate::to_usize;
 
+/// Syncs after which a batch made after the first of them, which states that it had covered the page, is surely stable
+/// itself: batches already on their way when that sync ended say nothing of it.
+const SYNCS_BEFORE_ROT: u32 = 5;
 /// Draws that look for a page before giving up.
 const DRAWS_MAX: usize = 200;
 
@@ -42,7 +45,7 @@ impl Rot {
         std::mem::take(&mut self.flips)
     }
 
-    /// Chooses bits in written pages that became stable at least two syncs ago: by then a later batch that
+    /// Chooses bits in written pages that became stable several syncs ago: by then a later batch that
     /// says so is stable itself.
     pub(super) fn choose(
         &mut self,
@@ -58,7 +61,10 @@ impl Rot {
             }
             let page = random.index(self.stable_since.len());
             let start = (page * PAGE_BYTES) as u64;
-            if stable.is_written(page) && self.stable_since[page] + 2 <= self.syncs && eligible(start) {
+            if stable.is_written(page)
+                && self.stable_since[page] + SYNCS_BEFORE_ROT <= self.syncs
+                && eligible(start)
+            {
                 let bit = u32::try_from(random.below(8)).expect("below 8");
                 chosen.push((start + random.below(PAGE_BYTES as u64), bit));
             }

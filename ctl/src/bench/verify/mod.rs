@@ -18,16 +18,19 @@
 //! decides, once and for all. A loss of power also revives what is superseded but not dead. Where only the process
 //! dies ([`Loss::Kill`]) an answer is as good as a flush, and every change done counts as durable.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io::{self, Read, Write};
+mod sector;
+mod state;
 
-use super::random::mix;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+pub(super) use sector::fill;
+use sector::{Found, decode};
 
 /// Bytes in a sector: the unit of verification, and the smallest unit that storage writes without tearing.
 pub(super) const SECTOR_BYTES: u64 = 512;
 const SECTOR_LEN: usize = 512;
-const MAGIC: u64 = u64::from_be_bytes(*b"BERTHSEC");
-const STATE_MAGIC: u64 = u64::from_be_bytes(*b"BERTHVS1");
+/// What a server may round a trim to; it is advice (NBD protocol, NBD_CMD_TRIM).
+const TRIM_BLOCK_SECTORS: u64 = 8;
 const NEVER: u64 = u64::MAX;
 /// The version of a sector that reads as zeroes: never written, or trimmed.
 const ZEROES: u64 = 0;
@@ -51,6 +54,14 @@ pub struct Change {
     /// Number of sectors.
     pub sector_count: u64,
     zeroes: bool,
+}
+
+/// A trim that was submitted and has not ended: its whole blocks, which are to read as zeroes, and the parts of blocks
+/// at its ends, which the server may leave as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trim {
+    whole: Option<Change>,
+    edges: [Option<Change>; 2],
 }
 
 /// A read that was submitted and has not ended.
@@ -136,13 +147,6 @@ impl Candidate {
             Found::Foreign(_) => false,
         }
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
-    Zeroes,
-    Version(u64),
-    Foreign(&'static str),
 }
 
 /// All that may be on one volume.
@@ -250,6 +254,25 @@ impl Verifier {
         if outcome != Outcome::Failed && !durable {
             self.unflushed.push_back((now, change));
         }
+    }
+
+    /// A trim is about to be sent.
+    pub fn begin_trim(&mut self, first_sector: u64, sector_count: u64) -> Trim {
+        let end = first_sector + sector_count;
+        let whole_start = first_sector.next_multiple_of(TRIM_BLOCK_SECTORS).min(end);
+        let whole_end = (end / TRIM_BLOCK_SECTORS * TRIM_BLOCK_SECTORS).max(whole_start);
+        let mut part = |from, to| (from < to).then(|| self.begin_change(from, to - from, true));
+        Trim {
+            edges: [part(first_sector, whole_start), part(whole_end, end)],
+            whole: part(whole_start, whole_end),
+        }
+    }
+
+    /// The answer to a trim has come.
+    pub fn finish_trim(&mut self, trim: Trim, outcome: Outcome) {
+        trim.whole.into_iter().for_each(|change| self.finish_change(change, outcome));
+        // As after a failure, both what was there and zeroes are right, until a read has decided.
+        trim.edges.into_iter().flatten().for_each(|change| self.finish_change(change, Outcome::Failed));
     }
 
     /// A flush is about to be sent.
@@ -416,180 +439,6 @@ fn index(sector: u64) -> usize {
     usize::try_from(sector).expect("volume fits the address space")
 }
 
-/// The payload of a write: what each of its sectors will carry.
-pub(super) fn fill(seed: u64, change: Change, payload: &mut [u8]) {
-    for (sector, bytes) in (change.first_sector..).zip(payload.chunks_exact_mut(SECTOR_LEN)) {
-        let header = [MAGIC, seed, sector, change.version];
-        for (word, value) in bytes.chunks_exact_mut(8).zip(header.into_iter().chain(pattern(header))) {
-            word.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-}
-
-fn decode(bytes: &[u8], seed: u64, sector: u64) -> Found {
-    if bytes.iter().all(|&byte| byte == 0) {
-        return Found::Zeroes;
-    }
-    let mut words =
-        bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("chunks of eight")));
-    let mut next = || words.next().expect("a sector has 64 words");
-    let header = [next(), next(), next(), next()];
-    if header[0] != MAGIC {
-        return Found::Foreign("bytes that no write of this program put there");
-    }
-    if !words.eq(pattern(header).take(SECTOR_LEN / 8 - 4)) {
-        return Found::Foreign("a torn or damaged sector");
-    }
-    if header[1] != seed {
-        return Found::Foreign("a sector of another volume or run");
-    }
-    if header[2] != sector {
-        return Found::Foreign("a sector of another place of this volume");
-    }
-    Found::Version(header[3])
-}
-
-/// Endless words that depend on every bit of the header.
-fn pattern(header: [u64; 4]) -> impl Iterator<Item = u64> {
-    let mut state = header.iter().fold(0, |state, word| mix(state ^ word));
-    std::iter::repeat_with(move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(state)
-    })
-}
-
-/// The state on disk: little-endian words, in the order of `save`, closed by a checksum of all before.
-impl Verifier {
-    /// Writes everything down, so that another process can go on. Running changes must have ended.
-    ///
-    /// # Errors
-    /// Those of the writer.
-    pub fn save(&self, to: &mut impl Write) -> io::Result<()> {
-        let mut out = WordWriter { to, sum: 0 };
-        let loss = u64::from(self.loss == Loss::PowerCut);
-        for word in [STATE_MAGIC, loss, self.seed, self.clock, self.next_version, self.sector_count()] {
-            out.word(word)?;
-        }
-        for &version in &self.settled {
-            out.word(version)?;
-        }
-        out.word(self.open.len() as u64)?;
-        for (&sector, list) in &self.open {
-            out.word(sector)?;
-            out.word(list.len() as u64)?;
-            for c in list {
-                let (stage, at) = match c.stage {
-                    Stage::Running => (0, 0),
-                    Stage::Done(at) => (1, at),
-                    Stage::Lost(at) => (2, at),
-                };
-                let flags = u64::from(c.zeroes) | u64::from(c.durable) << 1 | stage << 2;
-                for word in [c.version, flags, c.submitted, at, c.superseded, c.dead] {
-                    out.word(word)?;
-                }
-            }
-        }
-        out.word(self.unflushed.len() as u64)?;
-        for (done, change) in &self.unflushed {
-            let zeroes = u64::from(change.zeroes);
-            for word in [*done, change.version, change.first_sector, change.sector_count, zeroes] {
-                out.word(word)?;
-            }
-        }
-        let sum = out.sum;
-        out.word(sum)
-    }
-
-    /// Reads what [`Verifier::save`] wrote, and expects that the server went through its loss since then.
-    ///
-    /// # Errors
-    /// Those of the reader, and `InvalidData` for anything that `save` did not write.
-    pub fn load(from: &mut impl Read) -> io::Result<Verifier> {
-        let mut input = WordReader { from, sum: 0 };
-        if input.word()? != STATE_MAGIC {
-            return Err(invalid("not a state file of berth bench"));
-        }
-        let loss = match input.word()? {
-            0 => Loss::Kill,
-            1 => Loss::PowerCut,
-            _ => return Err(invalid("an unknown kind of loss")),
-        };
-        let (seed, clock, next_version, sectors) =
-            (input.word()?, input.word()?, input.word()?, input.word()?);
-        let mut verifier = Verifier { clock, next_version, ..Verifier::new(0, seed, loss) };
-        for _ in 0..sectors {
-            verifier.settled.push(input.word()?);
-        }
-        for _ in 0..input.word()? {
-            let (sector, len) = (input.word()?, input.word()?);
-            if sector >= sectors {
-                return Err(invalid("a sector beyond the volume"));
-            }
-            let list = (0..len).map(|_| input.candidate()).collect::<io::Result<Vec<_>>>()?;
-            verifier.open.insert(sector, list);
-        }
-        for _ in 0..input.word()? {
-            let [done, version, first_sector, sector_count, zeroes] =
-                [input.word()?, input.word()?, input.word()?, input.word()?, input.word()?];
-            if first_sector.checked_add(sector_count).is_none_or(|end| end > sectors) {
-                return Err(invalid("a change beyond the volume"));
-            }
-            let change = Change { version, first_sector, sector_count, zeroes: zeroes == 1 };
-            verifier.unflushed.push_back((done, change));
-        }
-        let sum = input.sum;
-        if input.word()? != sum {
-            return Err(invalid("the checksum does not match"));
-        }
-        verifier.crashed();
-        Ok(verifier)
-    }
-}
-
-fn invalid(why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, why)
-}
-
-struct WordWriter<'a, W> {
-    to: &'a mut W,
-    sum: u64,
-}
-
-impl<W: Write> WordWriter<'_, W> {
-    fn word(&mut self, word: u64) -> io::Result<()> {
-        self.sum = mix(self.sum ^ word);
-        self.to.write_all(&word.to_le_bytes())
-    }
-}
-
-struct WordReader<'a, R> {
-    from: &'a mut R,
-    sum: u64,
-}
-
-impl<R: Read> WordReader<'_, R> {
-    fn word(&mut self) -> io::Result<u64> {
-        let mut bytes = [0; 8];
-        self.from.read_exact(&mut bytes)?;
-        let word = u64::from_le_bytes(bytes);
-        self.sum = mix(self.sum ^ word);
-        Ok(word)
-    }
-
-    fn candidate(&mut self) -> io::Result<Candidate> {
-        let [version, flags, submitted, at, superseded, dead] =
-            [self.word()?, self.word()?, self.word()?, self.word()?, self.word()?, self.word()?];
-        let stage = match flags >> 2 {
-            0 => Stage::Running,
-            1 => Stage::Done(at),
-            2 => Stage::Lost(at),
-            _ => return Err(invalid("an unknown stage")),
-        };
-        let (zeroes, durable) = (flags & 1 != 0, flags & 2 != 0);
-        Ok(Candidate { version, zeroes, durable, submitted, stage, superseded, dead })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -735,6 +584,22 @@ mod tests {
         verifier.finish_change(failed, Outcome::Failed);
         assert!(reads(&mut verifier, 3, &sector_of(failed, 3)));
         assert!(!reads(&mut verifier, 3, &[0; SECTOR_LEN]));
+    }
+
+    #[test]
+    fn the_edges_of_a_trim_may_stay_until_a_read_has_decided() {
+        let mut verifier = Verifier::new(16 * SECTOR_BYTES, SEED, Loss::Kill);
+        let change = verifier.begin_change(0, 16, false);
+        verifier.finish_change(change, DONE);
+        let trim = verifier.begin_trim(3, 10);
+        verifier.finish_trim(trim, DONE);
+        assert!(reads(&mut verifier, 3, &sector_of(change, 3)));
+        assert!(!reads(&mut verifier, 3, &[0; SECTOR_LEN]), "it was seen to be there");
+        assert!(reads(&mut verifier, 7, &[0; SECTOR_LEN]));
+        assert!(!reads(&mut verifier, 7, &sector_of(change, 7)), "it was seen to be gone");
+        let inside = verifier.begin_trim(8, 8);
+        verifier.finish_trim(inside, DONE);
+        assert!(!reads(&mut verifier, 8, &sector_of(change, 8)), "whole blocks read as zeroes");
     }
 
     #[test]
