@@ -54,6 +54,7 @@ fn empty_root(layout: &Layout, lane: u32) -> Root {
         mount: 0,
         last_number: 0,
         cursors: [cursor; 2],
+        map_end: (anchor, 0),
         body_bytes: 0,
         body_crc: 0,
         body: [Vec::new(), Vec::new()],

@@ -81,6 +81,8 @@ pub struct Recovered {
     pub checkpoint: u64,
     /// Highest batch number given out.
     pub last_number: u64,
+    /// Where the map's stream goes on; its segment is open.
+    pub map_end: Option<(SegmentIndex, u32)>,
     /// Where the checkpoint's body is.
     pub body: [Vec<PlaceRun>; 2],
     /// The volumes.
@@ -176,7 +178,8 @@ fn read_body(reader: &mut impl PoolReader, layout: &Layout, root: &Root) -> Opti
         record.segment.0 < segments
             && record.live_blocks <= layout.segment_blocks
             && !layout.is_anchor(record.segment)
-    }) && body.volumes.iter().flat_map(|(_, leaves)| leaves).all(|leaf| inside(leaf.place))
+    }) && root.map_end.0.0 < segments
+        && body.volumes.iter().flat_map(|(_, leaves)| leaves).all(|leaf| inside(leaf.place))
         && root.body.iter().flatten().flat_map(|run| run.places()).all(inside);
     sensible.then_some(body)
 }
@@ -218,7 +221,15 @@ fn restore(
         segments.restore_found(layout.segment_of(place), 0);
         segments.add_live(place);
     }
+    // A mount that ends early must not cost a segment: the map's stream goes on in the one it had.
+    let (segment, block) = root.map_end;
+    let has_room = segment.0 > 0 && block < layout.segment_blocks;
+    let map_end = has_room.then_some(root.map_end);
+    if has_room {
+        segments.reopen(segment);
+    }
     Recovered {
+        map_end,
         mount: root.mount,
         checkpoint: root.checkpoint,
         last_number: root.last_number,

@@ -9,7 +9,7 @@
 //!   40  mount number          8      144  extents: place 4, blocks 4 (copy 0, then copy 1)
 //!   48  cursor of stream 0   32
 //!   80  cursor of stream 1   32      cursor: segment 4, block 4, generation 8, number 8, chain 4, next segment 4
-//!  112  unused                8
+//!  112  map segment 4, block 4: where the map's stream goes on
 //! ```
 //!
 //! Four slots far apart. A checkpoint writes slots 0 and 1, brings them to stable media, then slots 2 and 3, and
@@ -68,6 +68,9 @@ pub struct Root {
     pub last_number: u64,
     /// The streams that roll forward from here.
     pub cursors: [Cursor; LOGGED_STREAMS],
+    /// Where the map's stream goes on: the segment and the block after the checkpoint's last one. Nothing from there
+    /// on is referred to. Segment 0 stands for nowhere.
+    pub map_end: (SegmentIndex, u32),
     /// Length of the checkpoint's body.
     pub body_bytes: u64,
     /// Its CRC32C.
@@ -98,6 +101,8 @@ impl Root {
             put(&mut block, at + 24, &cursor.chain.to_le_bytes());
             put(&mut block, at + 28, &cursor.next_segment.0.to_le_bytes());
         }
+        put(&mut block, 112, &self.map_end.0.0.to_le_bytes());
+        put(&mut block, 116, &self.map_end.1.to_le_bytes());
         put(&mut block, 120, &self.body_bytes.to_le_bytes());
         put(&mut block, 128, &self.body_crc.to_le_bytes());
         let counts = [self.body[0].len(), self.body[1].len()];
@@ -148,6 +153,7 @@ impl Root {
             mount: u64_at(block, 40),
             last_number: u64_at(block, 136),
             cursors: [cursor(0), cursor(1)],
+            map_end: (SegmentIndex(u32_at(block, 112)), u32_at(block, 116)),
             body_bytes: u64_at(block, 120),
             body_crc: u32_at(block, 128),
             body: [(0..counts[0]).map(run).collect(), (counts[0]..counts[0] + counts[1]).map(run).collect()],
@@ -184,6 +190,7 @@ mod tests {
             mount: 2,
             last_number: 23,
             cursors: [cursor, Cursor { block: 0, ..cursor }],
+            map_end: (SegmentIndex(21), 22),
             body_bytes: 5000,
             body_crc: 99,
             body: [vec![run(100)], vec![run(200), run(300)]],
@@ -197,6 +204,7 @@ mod tests {
         assert_eq!((u32_at(&block, 12), u64_at(&block, 32), u64_at(&block, 40)), (1, 5, 2));
         assert_eq!(&block[48..56], &[3, 0, 0, 0, 7, 0, 0, 0]);
         assert_eq!((u32_at(&block, 76), u64_at(&block, 120), u64_at(&block, 136)), (19, 5000, 23));
+        assert_eq!((u32_at(&block, 112), u32_at(&block, 116)), (21, 22));
         assert_eq!(&block[132..136], &[1, 0, 2, 0]);
         assert_eq!(&block[144..152], &[100, 0, 0, 0, 2, 0, 0, 0]);
         assert_eq!(Root::decode(&block, 1, &[9; 16]), Some(root(5)));

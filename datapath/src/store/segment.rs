@@ -114,6 +114,12 @@ impl SegmentTable {
         self.note_batch(segment, number);
     }
 
+    /// The map's stream goes on in a segment that it had begun before a restart.
+    pub fn reopen(&mut self, segment: SegmentIndex) {
+        assert!(matches!(self.state(segment), SegmentState::Foreign | SegmentState::Sealed));
+        self.set_state(segment, SegmentState::Open);
+    }
+
     /// The pool lends a segment that is ready to be written.
     pub fn receive(&mut self, segment: SegmentIndex) {
         assert_eq!(self.state(segment), SegmentState::Foreign);

@@ -278,17 +278,16 @@ impl Lane {
     }
 
     /// Free segments that must be left when the stream takes one. The checkpoint, which frees segments, may take
-    /// the last. The cleaner leaves what the next checkpoint needs besides the rest of the map's segment, and one
-    /// for the map of the next mount. Clients leave enough besides for the cleaner to empty a few segments, whatever
+    /// the last. The cleaner leaves what the next checkpoint needs besides the rest of the map's segment. Clients leave enough besides for the cleaner to empty a few segments, whatever
     /// lives in them: so there is always a way on.
     pub(super) fn segments_kept(&self, kind: StreamKind) -> u32 {
         let blocks = self.map.dirty_count() as u64 + self.checkpointer.blocks_to_write();
         let with_descriptors = blocks + blocks.div_ceil(32) + 2;
         let beyond = with_descriptors.saturating_sub(u64::from(self.blocks_left(StreamKind::Map)));
-        let checkpoint = 1 + beyond.div_ceil(u64::from(self.config.layout.usable_blocks()));
+        let checkpoint = beyond.div_ceil(u64::from(self.config.layout.usable_blocks()));
         let checkpoint = u32::try_from(checkpoint).expect("segments fit 32 bits");
         match kind {
-            StreamKind::Client => checkpoint + 4,
+            StreamKind::Client => checkpoint + 5,
             StreamKind::Survivor => checkpoint,
             StreamKind::Map => 0,
         }
@@ -315,9 +314,9 @@ impl Lane {
 
     /// Assigns the segments with which the streams of this mount begin. Each stands at the end of a segment that is
     /// not its own (the first anchor, where no batch is ever found), so its first append goes on to the segment
-    /// named here. False if the lane has too few.
+    /// named here; the map's stream goes on where it was. False if the lane has too few.
     pub(super) fn open_streams(&mut self) -> bool {
-        if self.segments.free_count() < 3 {
+        if self.segments.free_count() < 2 {
             return false;
         }
         let (segment, block) = (self.config.layout.anchor(0), self.config.layout.segment_blocks);
@@ -326,8 +325,15 @@ impl Lane {
             self.streams[kind.index()].position =
                 Some(Position { segment, block, generation: 0, next_segment });
         }
-        self.streams[StreamKind::Map.index()].position =
-            Some(Position { segment, block, generation: 0, next_segment: segment });
+        let nowhere = Position { segment, block, generation: 0, next_segment: segment };
+        self.generation += 1;
+        let went_on = self.map_end.map(|(segment, block)| Position {
+            segment,
+            block,
+            generation: self.generation,
+            next_segment: segment,
+        });
+        self.streams[StreamKind::Map.index()].position = Some(went_on.unwrap_or(nowhere));
         true
     }
 

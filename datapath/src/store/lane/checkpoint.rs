@@ -357,7 +357,9 @@ impl Lane {
 
     fn encode_root(&self) -> [u8; BLOCK_BYTES_USIZE] {
         let checkpointer = &self.checkpointer;
+        let map = self.streams[StreamKind::Map.index()].position.expect("the body was written");
         let root = Root {
+            map_end: (map.segment, map.block),
             lane: self.config.lane,
             pool_id: self.config.layout.pool_id,
             checkpoint: checkpointer.number,

@@ -227,6 +227,8 @@ pub struct Lane {
     last_number: u64,
     /// Counts the uses of segments in this mount.
     generation: u64,
+    /// Where the map's stream goes on when this mount begins.
+    map_end: Option<(SegmentIndex, u32)>,
     volumes: Vec<Volume>,
     map: Map,
     segments: SegmentTable,
@@ -315,6 +317,7 @@ impl Lane {
             mount: recovered.mount + 1,
             last_number: recovered.last_number,
             generation: 0,
+            map_end: recovered.map_end,
             volumes: volumes.map(|record| Volume { numbered: record.sequence, record }).collect(),
             map: recovered.map,
             segments: recovered.segments,
