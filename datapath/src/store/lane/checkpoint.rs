@@ -12,7 +12,6 @@
 use super::stream::{Record, StreamKind};
 use super::{Context, DiskEffect, Lane, Operation};
 use crate::checksum::crc32c;
-use crate::limits::PIECE_BLOCKS_MAX;
 use crate::memory::Memory;
 use crate::store::batch::{Entry, EntryKind};
 use crate::store::checkpoint_body::{BodyWriter, SegmentRecord, VolumeRecord};
@@ -213,12 +212,15 @@ impl Lane {
         }
     }
 
-    /// Is there surely a buffer and a segment for one more block of the map's stream?
+    /// Is there surely a buffer and a place for one more block of the map's stream?
     fn can_append_map_block(&self) -> bool {
-        let buffer = self.streams[StreamKind::Map.index()].open.is_some() && self.batch_buffers.len() == 1
-            || self.batch_buffers.len() > 1;
-        buffer && (self.segments.free_count() > 0 || self.blocks_left(StreamKind::Map) > PIECE_BLOCKS_MAX)
-            || self.open_map_batch_has_room()
+        if self.open_map_batch_has_room() {
+            return true;
+        }
+        let open = self.streams[StreamKind::Map.index()].open.as_ref();
+        let taken = open.map_or(0, |open| 1 + open.writer.payload_blocks());
+        let room = self.blocks_left(StreamKind::Map) >= taken + 2 || self.segments.free_count() > 0;
+        room && !self.batch_buffers.is_empty()
     }
 
     fn open_map_batch_has_room(&self) -> bool {
