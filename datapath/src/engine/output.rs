@@ -185,7 +185,7 @@ mod tests {
             expected.extend(memory.bytes(data));
             output.append_data(data, Some(MemoryRange { start: 4096 * (100 + round), len: 4096 }));
         }
-        let (mut sent, mut freed) = (Vec::new(), 0);
+        let (mut sent, mut freed) = (Vec::<u8>::new(), 0);
         while output.begin_send(&mut memory) {
             assert!(output.pieces().len() <= SEND_PIECES_MAX && !output.begin_send(&mut memory));
             output.pieces().iter().for_each(|piece| sent.extend(memory.bytes(*piece)));

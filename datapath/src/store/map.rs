@@ -13,6 +13,9 @@ use crate::units::BLOCK_BYTES_USIZE;
 /// Blocks that a leaf covers.
 pub const LEAF_BLOCKS: u32 = 512;
 const SLOTS_PER_CHUNK: usize = 512;
+/// Leaves that a lane's volumes may have in all: what a checkpoint's root can refer to, with some to spare. They map
+/// 9 TiB, however thinly written.
+pub const LEAVES_MAX: u32 = 5_000_000;
 
 /// A leaf in memory, by position in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,6 +187,8 @@ pub struct Map {
     hand: usize,
     dirty: usize,
     in_use: usize,
+    /// Leaves that were ever written: each has a record in every checkpoint.
+    recorded: u32,
     /// Loads that were needed, for the metrics.
     pub misses: u64,
     /// Leaves dropped for want of room.
@@ -209,6 +214,7 @@ impl Map {
     pub fn add_volume(&mut self, leaves: &[LeafRecord]) {
         let mut table = LeafTable::default();
         leaves.iter().for_each(|leaf| table.restore(leaf));
+        self.recorded += u32::try_from(leaves.len()).expect("leaves fit 32 bits");
         self.tables.push(table);
     }
 
@@ -250,6 +256,12 @@ impl Map {
     #[must_use]
     pub fn frames_max(&self) -> usize {
         self.frames_max
+    }
+
+    /// May a leaf be written that never was?
+    #[must_use]
+    pub fn has_room_for_leaf(&self) -> bool {
+        self.recorded < LEAVES_MAX
     }
 
     /// So many leaves are dirty that a checkpoint must make room for others.
@@ -406,6 +418,7 @@ impl Map {
             frame.dirty = true;
             self.dirty += 1;
         }
+        self.recorded += u32::from(frame.sequence_max == 0);
         frame.sequence_max = frame.sequence_max.max(sequence);
         let offset = offset as usize;
         frame.content.crcs[offset] = new.crc;

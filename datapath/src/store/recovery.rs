@@ -46,6 +46,15 @@ pub enum RecoveryError {
         /// The lane.
         lane: u32,
     },
+    /// A root cannot be read. It may be the newest one, readable again at the next start: going on from an older one
+    /// would write over what it refers to.
+    #[error("lane {lane}: root {slot} of 4 cannot be read; the device must be repaired or copied first")]
+    RootUnreadable {
+        /// The lane.
+        lane: u32,
+        /// Which slot.
+        slot: u32,
+    },
     /// Both copies of the checkpoint's body are damaged.
     #[error("lane {lane}: both copies of checkpoint {checkpoint} are damaged")]
     CheckpointDamaged {
@@ -136,8 +145,10 @@ pub fn recover_lane(
     map_cache_bytes: u64,
     bugs: Bugs,
 ) -> Result<Recovered, RecoveryError> {
-    let slots =
-        std::array::from_fn(|slot| read_root(reader, &layout, lane, u32::try_from(slot).expect("four")));
+    let mut slots = [const { None }; ANCHORS as usize];
+    for (slot, root) in (0..).zip(&mut slots) {
+        *root = read_root(reader, &layout, lane, slot)?;
+    }
     let root = choose_root(slots).ok_or(RecoveryError::NoRoot { lane })?;
     let damaged = RecoveryError::CheckpointDamaged { lane, checkpoint: root.checkpoint };
     let body = read_body(reader, &layout, &root).ok_or(damaged)?;
@@ -160,11 +171,17 @@ pub fn recover_lane(
     Ok(recovered)
 }
 
-fn read_root(reader: &mut impl PoolReader, layout: &Layout, lane: u32, slot: u32) -> Option<Root> {
-    assert!(slot < ANCHORS);
+fn read_root(
+    reader: &mut impl PoolReader,
+    layout: &Layout,
+    lane: u32,
+    slot: u32,
+) -> Result<Option<Root>, RecoveryError> {
     let mut block = [0; BLOCK_BYTES_USIZE];
-    let readable = reader.read_at(layout.root_place(lane, slot).offset_bytes(), &mut block);
-    if readable { Root::decode(&block, lane, &layout.pool_id) } else { None }
+    if !reader.read_at(layout.root_place(lane, slot).offset_bytes(), &mut block) {
+        return Err(RecoveryError::RootUnreadable { lane, slot });
+    }
+    Ok(Root::decode(&block, lane, &layout.pool_id))
 }
 
 fn read_body(reader: &mut impl PoolReader, layout: &Layout, root: &Root) -> Option<Body> {

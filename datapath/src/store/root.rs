@@ -169,6 +169,13 @@ pub fn choose_root(slots: [Option<Root>; ANCHORS as usize]) -> Option<Root> {
     slots.iter().flatten().filter(|root| copies(root) >= 2).max_by_key(|root| root.checkpoint).cloned()
 }
 
+const _: () = {
+    // A body of the largest number of leaves, in batches of 127 payload blocks, with a tenth to spare for volumes,
+    // segments and parts cut short at the ends of segments.
+    let body_blocks = super::map::LEAVES_MAX as usize * 20 / BLOCK_BYTES_USIZE;
+    assert!(2 * (body_blocks / 127 + 1) * 11 / 10 <= ROOT_EXTENTS_MAX);
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -227,6 +227,10 @@ impl Lane {
             }
             let frame = match self.map.find(range.volume, leaf) {
                 Presence::Here(frame) => frame,
+                Presence::Nowhere if !self.map.has_room_for_leaf() => {
+                    self.counters.refused_no_space += 1;
+                    return Err(Verdict::Refused(RequestError::NoSpace));
+                }
                 Presence::Nowhere => self.map.admit(range.volume, leaf),
                 Presence::Loading(_) | Presence::Away(_) => {
                     self.load_leaf(context, range.volume, leaf, super::leaf::Waiter::Change(index));
