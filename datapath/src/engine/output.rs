@@ -174,11 +174,11 @@ mod tests {
 
     #[test]
     fn everything_is_sent_in_order_however_it_is_cut() {
-        let mut memory = Bytes((0..65536).map(|index| (index / 256) as u8).collect());
+        let mut memory = Bytes((0..=255).flat_map(|page: u8| [page; 256]).collect());
         let mut output = Output::new(MemoryRange { start: 0, len: SEND_PAGES * BLOCK_BYTES });
         let mut expected: Vec<u8> = Vec::new();
         for round in 0..300_u32 {
-            let short = vec![round as u8; 90];
+            let short = [round.to_le_bytes()[0]; 90];
             expected.extend(&short);
             output.append(|out| out.extend(&short));
             let data = MemoryRange { start: 16384 + round, len: 7 };

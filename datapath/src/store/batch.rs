@@ -428,7 +428,7 @@ mod tests {
             let mut block = sample();
             for _ in 0..3 {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                block[8 + usize::try_from(state >> 33).unwrap() % 120] = (state >> 20) as u8;
+                block[8 + usize::try_from(state >> 33).unwrap() % 120] = state.to_le_bytes()[3];
             }
             let crc = crc32c_without(&mut block, 4);
             put(&mut block, 4, &crc.to_le_bytes());

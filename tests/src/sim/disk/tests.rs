@@ -137,10 +137,10 @@ fn bits_flip_only_in_old_pages_and_can_be_flipped_back() {
     write(&mut disk, 1, 1);
     sync(&mut disk);
     assert_eq!(disk.flip_bits(1, |_| true), 0, "no later sync proves that the page was once whole");
-    write(&mut disk, 2, 2);
-    sync(&mut disk);
-    write(&mut disk, 3, 3);
-    sync(&mut disk);
+    for block in 2..7 {
+        write(&mut disk, block, 2);
+        sync(&mut disk);
+    }
     assert_eq!(disk.flip_bits(1, |start| start == BLOCK as u64), 1);
     assert_ne!(read(&mut disk, 1), [1; BLOCK]);
     disk.repair_rot();
