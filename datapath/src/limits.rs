@@ -36,6 +36,8 @@ pub const VOLUME_NAME_BYTES_MAX: usize = 63;
 pub const CONNECTIONS_MAX: u32 = 1024;
 /// Connections from one address that are still in their handshake.
 pub const HANDSHAKES_PER_ADDRESS_MAX: u32 = 64;
+/// The same for all local processes together, which have no address to tell them apart.
+pub const HANDSHAKES_UNIX_MAX: u32 = 512;
 /// Requests of one connection that are being worked on; the next one is not read until one is answered.
 pub const REQUESTS_PER_CONNECTION_MAX: u32 = 256;
 /// Payload bytes of one connection that are being worked on.
@@ -57,6 +59,7 @@ pub const POOL_BYTES_MAX: u64 = ((1 << 32) - 1) * BLOCK_BYTES_U64;
 const _: () = {
     assert!(PIECE_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
     assert!(EXACT_RECEIVE_BYTES_MIN <= PIECE_BYTES_MAX);
+    assert!(HANDSHAKES_PER_ADDRESS_MAX <= HANDSHAKES_UNIX_MAX && HANDSHAKES_UNIX_MAX < CONNECTIONS_MAX);
     assert!(PIECE_BYTES_MAX <= BYTES_PER_CONNECTION_MAX);
     assert!(BYTES_PER_CONNECTION_MAX <= BYTES_PER_VOLUME_MAX);
     assert!(REQUESTS_PER_CONNECTION_MAX <= REQUESTS_PER_VOLUME_MAX);

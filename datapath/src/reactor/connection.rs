@@ -442,5 +442,6 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         self.free_connections.push(id);
         self.counters.closed += 1;
         self.pending.push_back(Event::Closed { connection: id });
+        self.admit_waiting();
     }
 }

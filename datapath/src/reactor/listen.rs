@@ -23,6 +23,9 @@ pub(super) struct Listener {
     pub(super) accepting: Option<Ticket>,
 }
 
+/// Accepted sockets that wait for a connection's place.
+const SOCKETS_WAITING_MAX: usize = 4096;
+
 impl<E: Engine<Memory = Arena>> Reactor<E> {
     /// Has every listener accept that does not.
     pub(super) fn start_accepting(&mut self) {
@@ -88,8 +91,24 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         }
     }
 
-    /// Gives a connected socket an id and tells the engine; closes it if there are too many.
+    /// Gives a connected socket an id and tells the engine. With all ids in use it waits in line, because those of
+    /// clients that left or never spoke come free by themselves; past [`SOCKETS_WAITING_MAX`] it is closed.
     pub(super) fn admit(&mut self, socket: OwnedFd, peer: PeerAddress) {
+        if self.free_connections.is_empty() && self.waiting_sockets.len() < SOCKETS_WAITING_MAX {
+            self.waiting_sockets.push_back((socket, peer));
+            return;
+        }
+        self.admit_now(socket, peer);
+    }
+
+    /// An id has come free.
+    pub(super) fn admit_waiting(&mut self) {
+        if let Some((socket, peer)) = self.waiting_sockets.pop_front() {
+            self.admit_now(socket, peer);
+        }
+    }
+
+    fn admit_now(&mut self, socket: OwnedFd, peer: PeerAddress) {
         if matches!(peer, PeerAddress::Internet(_)) {
             // Replies are sent whole; waiting for more bytes would only delay them.
             let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);

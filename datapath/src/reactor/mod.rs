@@ -45,7 +45,9 @@ use self::memory::Mapping;
 pub use self::memory::{Arena, ArenaLayout};
 pub use self::ring::RingError;
 use self::ring::{Completion, Ring, Target, Wait};
-use crate::engine::ports::{ConnectionId, DeviceIndex, Effect, Engine, Event, ReceiveBuffer, Token};
+use crate::engine::ports::{
+    ConnectionId, DeviceIndex, Effect, Engine, Event, PeerAddress, ReceiveBuffer, Token,
+};
 use crate::limits::CONNECTIONS_MAX;
 use crate::units::{MemoryRange, Moment};
 
@@ -207,6 +209,8 @@ pub struct Reactor<E: Engine<Memory = Arena>> {
     now: Moment,
     counters: Counters,
     enter_error: Option<io::Error>,
+    /// Accepted sockets for which there is no id yet.
+    waiting_sockets: VecDeque<(OwnedFd, PeerAddress)>,
     /// Threads that wait for the engine to take requests.
     tell_when_open: Vec<std::sync::mpsc::SyncSender<()>>,
     /// Last: see above.
@@ -264,6 +268,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             now: clock::now(),
             counters: Counters::default(),
             enter_error: None,
+            waiting_sockets: VecDeque::new(),
             tell_when_open: Vec::new(),
             mapping,
         })

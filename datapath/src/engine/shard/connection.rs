@@ -6,7 +6,7 @@ use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
 use crate::limits::{
     BYTES_PER_CONNECTION_MAX, BYTES_PER_VOLUME_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKES_PER_ADDRESS_MAX,
-    REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX, REQUESTS_PER_VOLUME_MAX,
+    HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX, REQUESTS_PER_VOLUME_MAX,
 };
 use crate::memory::Memory;
 use crate::request::ExportIndex;
@@ -43,6 +43,7 @@ pub(super) struct Connection {
     /// The payload of a write that is being received.
     pub(super) payload: Option<Payload>,
     receiving: bool,
+    has_spoken: bool,
     pub(super) output: Output,
     pub(super) ending: Ending,
     pub(super) requests_under_way: u32,
@@ -75,6 +76,7 @@ impl<M: Memory> Shard<M> {
             input: None,
             payload: None,
             receiving: false,
+            has_spoken: false,
             output,
             ending: Ending::Not,
             requests_under_way: 0,
@@ -86,21 +88,25 @@ impl<M: Memory> Shard<M> {
         self.ready.push_back(id);
     }
 
-    /// An address with too many handshakes loses its oldest one: whoever opens connections and says nothing cannot
-    /// keep out a neighbour that does.
+    /// An address with too many handshakes loses its oldest one, and first one that has said nothing yet: whoever only
+    /// opens connections cannot keep out a neighbour that speaks.
     fn make_room_for_handshake(&mut self, peer: PeerAddress) {
         let mut count = 0;
-        let mut oldest: Option<(u64, ConnectionId)> = None;
+        let mut oldest: Option<(bool, u64, ConnectionId)> = None;
         for (index, connection) in (0..).zip(&self.connections) {
             let Some(connection) = connection else { continue };
             let talking = connection.ending != Ending::Closing && connection.export.is_none();
             if talking && connection.peer == peer {
                 count += 1;
-                let this = (connection.generation, ConnectionId(index));
+                let this = (connection.has_spoken, connection.generation, ConnectionId(index));
                 oldest = Some(oldest.map_or(this, |oldest| oldest.min(this)));
             }
         }
-        if let (Some((_, id)), true) = (oldest, count >= HANDSHAKES_PER_ADDRESS_MAX) {
+        let allowed = match peer {
+            PeerAddress::Internet(_) => HANDSHAKES_PER_ADDRESS_MAX,
+            PeerAddress::Unix => HANDSHAKES_UNIX_MAX,
+        };
+        if let (Some((_, _, id)), true) = (oldest, count >= allowed) {
             self.connections_refused += 1;
             self.close(id);
         }
@@ -116,6 +122,7 @@ impl<M: Memory> Shard<M> {
     pub(super) fn received(&mut self, id: ConnectionId, memory: MemoryRange, buffer: ReceiveBuffer) {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a receive under way");
         connection.receiving = false;
+        connection.has_spoken = true;
         if connection.ending != Ending::Not {
             let closing = connection.ending == Ending::Closing;
             self.effects.push_back(Effect::Recycle { buffer });
