@@ -126,6 +126,9 @@ fn choose_variants(
     Ok(best)
 }
 
+/// How long each job runs before it is measured.
+const WARM_UP_SECONDS: u32 = 3;
+
 fn run_one(
     arguments: &Arguments,
     bench: &servers::Bench,
@@ -137,7 +140,10 @@ fn run_one(
     if !arguments.noisy {
         machine::wait_until_quiet()?;
     }
-    let job = Job { row, seconds: arguments.seconds, size_mib: bench.size_mib, target: server.target() };
+    let mut job = Job { row, seconds: WARM_UP_SECONDS, size_mib: bench.size_mib, target: server.target() };
+    // Not counted: whoever used the disk last still has its caches, and a server has just started.
+    job.run()?;
+    job.seconds = arguments.seconds;
     let machine_before = machine::busy_seconds()?;
     let server_before = server.cpu_seconds()?;
     let output = job.run()?;
