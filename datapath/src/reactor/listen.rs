@@ -23,8 +23,10 @@ pub(super) struct Listener {
     pub(super) accepting: Option<Ticket>,
 }
 
-/// Accepted sockets that wait for a connection's place.
+/// Accepted sockets that wait for a connection's place, and for how long they may. Long enough for those that left
+/// to be noticed; a client that finds all places taken by others that stay shall know it soon.
 const SOCKETS_WAITING_MAX: usize = 4096;
+const SOCKET_WAIT_MS: u64 = 1000;
 
 impl<E: Engine<Memory = Arena>> Reactor<E> {
     /// Has every listener accept that does not.
@@ -92,10 +94,10 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     }
 
     /// Gives a connected socket an id and tells the engine. With all ids in use it waits in line, because those of
-    /// clients that left or never spoke come free by themselves; past [`SOCKETS_WAITING_MAX`] it is closed.
+    /// clients that left come free by themselves; past [`SOCKETS_WAITING_MAX`], or in vain, it is closed.
     pub(super) fn admit(&mut self, socket: OwnedFd, peer: PeerAddress) {
         if self.free_connections.is_empty() && self.waiting_sockets.len() < SOCKETS_WAITING_MAX {
-            self.waiting_sockets.push_back((socket, peer));
+            self.waiting_sockets.push_back((self.now.after_ms(SOCKET_WAIT_MS), socket, peer));
             return;
         }
         self.admit_now(socket, peer);
@@ -103,8 +105,16 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
 
     /// An id has come free.
     pub(super) fn admit_waiting(&mut self) {
-        if let Some((socket, peer)) = self.waiting_sockets.pop_front() {
+        if let Some((_, socket, peer)) = self.waiting_sockets.pop_front() {
             self.admit_now(socket, peer);
+        }
+    }
+
+    /// Closes sockets that have waited too long.
+    pub(super) fn refuse_overdue(&mut self) {
+        while self.waiting_sockets.front().is_some_and(|(until, ..)| *until <= self.now) {
+            self.waiting_sockets.pop_front();
+            self.counters.refused += 1;
         }
     }
 

@@ -209,8 +209,8 @@ pub struct Reactor<E: Engine<Memory = Arena>> {
     now: Moment,
     counters: Counters,
     enter_error: Option<io::Error>,
-    /// Accepted sockets for which there is no id yet.
-    waiting_sockets: VecDeque<(OwnedFd, PeerAddress)>,
+    /// Accepted sockets for which there is no id yet, and until when they may wait.
+    waiting_sockets: VecDeque<(Moment, OwnedFd, PeerAddress)>,
     /// Threads that wait for the engine to take requests.
     tell_when_open: Vec<std::sync::mpsc::SyncSender<()>>,
     /// Last: see above.
@@ -304,6 +304,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         if self.accept_retry_at.is_some_and(|moment| moment <= self.now) {
             self.start_accepting();
         }
+        self.refuse_overdue();
         self.engine.finish_turn(self.now);
         if !self.tell_when_open.is_empty() && self.engine.is_open() {
             for answer in self.tell_when_open.drain(..) {
@@ -413,7 +414,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         if !self.pending.is_empty() {
             return Wait::No;
         }
-        let moments = [self.engine.poll_timeout(), self.accept_retry_at];
+        let overdue = self.waiting_sockets.front().map(|(until, ..)| *until);
+        let moments = [self.engine.poll_timeout(), self.accept_retry_at, overdue];
         match moments.into_iter().flatten().min() {
             None => Wait::Forever,
             Some(moment) => match moment.since_ns(clock::now()) {
