@@ -38,6 +38,8 @@ pub const CONNECTIONS_MAX: u32 = 1024;
 pub const HANDSHAKES_PER_ADDRESS_MAX: u32 = 64;
 /// The same for all local processes together, which have no address to tell them apart.
 pub const HANDSHAKES_UNIX_MAX: u32 = 512;
+/// A handshake younger than this does not give way to newcomers: a client at work is through by then.
+pub const HANDSHAKE_GRACE_MS: u64 = 250;
 /// Requests of one connection that are being worked on; the next one is not read until one is answered.
 pub const REQUESTS_PER_CONNECTION_MAX: u32 = 256;
 /// Payload bytes of one connection that are being worked on.
@@ -59,6 +61,7 @@ pub const POOL_BYTES_MAX: u64 = ((1 << 32) - 1) * BLOCK_BYTES_U64;
 const _: () = {
     assert!(PIECE_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
     assert!(EXACT_RECEIVE_BYTES_MIN <= PIECE_BYTES_MAX);
+    assert!(HANDSHAKE_GRACE_MS < HANDSHAKE_DEADLINE_MS);
     assert!(HANDSHAKES_PER_ADDRESS_MAX <= HANDSHAKES_UNIX_MAX && HANDSHAKES_UNIX_MAX < CONNECTIONS_MAX);
     assert!(PIECE_BYTES_MAX <= BYTES_PER_CONNECTION_MAX);
     assert!(BYTES_PER_CONNECTION_MAX <= BYTES_PER_VOLUME_MAX);

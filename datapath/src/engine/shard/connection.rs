@@ -5,13 +5,14 @@ use super::payload::Payload;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
 use crate::limits::{
-    BYTES_PER_CONNECTION_MAX, BYTES_PER_VOLUME_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKES_PER_ADDRESS_MAX,
-    HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX, REQUESTS_PER_VOLUME_MAX,
+    BYTES_PER_CONNECTION_MAX, BYTES_PER_VOLUME_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS,
+    HANDSHAKES_PER_ADDRESS_MAX, HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX,
+    REQUESTS_PER_VOLUME_MAX,
 };
 use crate::memory::Memory;
 use crate::request::ExportIndex;
 use crate::session::nbd::{Session, SessionConfig, Step};
-use crate::units::MemoryRange;
+use crate::units::{MemoryRange, Moment};
 
 /// How far a connection's end has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +44,7 @@ pub(super) struct Connection {
     /// The payload of a write that is being received.
     pub(super) payload: Option<Payload>,
     receiving: bool,
+    accepted_at: Moment,
     has_spoken: bool,
     pub(super) output: Output,
     pub(super) ending: Ending,
@@ -76,6 +78,7 @@ impl<M: Memory> Shard<M> {
             input: None,
             payload: None,
             receiving: false,
+            accepted_at: self.now,
             has_spoken: false,
             output,
             ending: Ending::Not,
@@ -88,8 +91,8 @@ impl<M: Memory> Shard<M> {
         self.ready.push_back(id);
     }
 
-    /// An address with too many handshakes loses its oldest one, and first one that has said nothing yet: whoever only
-    /// opens connections cannot keep out a neighbour that speaks.
+    /// An address with too many handshakes loses its oldest one, and first one that has said nothing yet, but none that
+    /// is new: whoever only opens connections cannot keep out a neighbour that speaks.
     fn make_room_for_handshake(&mut self, peer: PeerAddress) {
         let mut count = 0;
         let mut oldest: Option<(bool, u64, ConnectionId)> = None;
@@ -98,6 +101,9 @@ impl<M: Memory> Shard<M> {
             let talking = connection.ending != Ending::Closing && connection.export.is_none();
             if talking && connection.peer == peer {
                 count += 1;
+                if self.now.since_ns(connection.accepted_at) < HANDSHAKE_GRACE_MS * 1_000_000 {
+                    continue;
+                }
                 let this = (connection.has_spoken, connection.generation, ConnectionId(index));
                 oldest = Some(oldest.map_or(this, |oldest| oldest.min(this)));
             }
