@@ -4,7 +4,7 @@ use super::Shard;
 use super::task::PieceKind;
 use crate::limits::STATUS_EXTENTS_MAX;
 use crate::memory::Memory;
-use crate::request::Extent;
+use crate::request::{Extent, RequestError};
 use crate::store::layout::Place;
 use crate::store::map::LEAF_BLOCKS;
 use crate::units::BLOCK_BYTES_U64;
@@ -16,6 +16,9 @@ const LEAF_BYTES: u64 = LEAF_BLOCKS as u64 * BLOCK_BYTES_U64;
 impl<M: Memory> Shard<M> {
     /// Describes leaf after leaf, until the range or the extents are used up. A leaf that is away is loaded first.
     pub(super) fn advance_status(&mut self, task: u32, one_extent: bool) {
+        if self.lanes[self.lane_of(task)].lane.must_not_be_shown() {
+            return self.fail_task(task, RequestError::Io);
+        }
         for _ in 0..LEAVES_PER_TURN {
             let state = self.tasks.get(task);
             let request = state.request;

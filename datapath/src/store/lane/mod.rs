@@ -350,6 +350,13 @@ impl Lane {
         self.volumes.is_empty() || self.checkpointer.first_is_done() || self.failed
     }
 
+    /// Did the first checkpoint fail? What was recovered may then be gone after another loss of power, and nothing of
+    /// it may be shown.
+    #[must_use]
+    pub fn must_not_be_shown(&self) -> bool {
+        self.failed && !self.checkpointer.first_is_done()
+    }
+
     /// Did a write or sync fail, so that the lane is read-only?
     #[must_use]
     pub fn has_failed(&self) -> bool {

@@ -58,7 +58,7 @@ impl Lane {
         memory: MemoryRange,
     ) {
         assert!(memory.len == range.count * BLOCK_BYTES && range.count <= PIECE_BLOCKS_MAX);
-        if self.failed && !self.checkpointer.first_is_done() {
+        if self.must_not_be_shown() {
             return self.complete(cookie, Err(RequestError::Io));
         }
         let mappings = self.spare_mappings.pop().unwrap_or_default();
