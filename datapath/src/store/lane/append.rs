@@ -278,8 +278,9 @@ impl Lane {
     }
 
     /// Free segments that must be left when the stream takes one. The checkpoint, which frees segments, may take
-    /// the last. The cleaner leaves what the next checkpoint needs besides the rest of the map's segment. Clients leave enough besides for the cleaner to empty a few segments, whatever
-    /// lives in them: so there is always a way on.
+    /// the last. The cleaner leaves what the next checkpoint needs besides the rest of the map's segment. Clients
+    /// leave enough besides for the cleaner to empty a few segments, whatever lives in them. Not yet enough: in a
+    /// pool of a few dozen segments many mounts that end early can use up what a restart's checkpoint needs.
     pub(super) fn segments_kept(&self, kind: StreamKind) -> u32 {
         let blocks = self.map.dirty_count() as u64 + self.checkpointer.blocks_to_write();
         let with_descriptors = blocks + blocks.div_ceil(32) + 2;
