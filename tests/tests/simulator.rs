@@ -3,19 +3,20 @@
 use std::panic::catch_unwind;
 
 use system_tests::sim::canary::{BUGS, Bug, CanarySubject};
+use system_tests::sim::scenario::Slant;
 use system_tests::sim::world::run_seed;
 
 /// The number of seeds in which each bug must show itself.
 const SEEDS: u64 = 400;
 
 fn run(seed: u64, bug: Option<Bug>) -> u64 {
-    run_seed(seed, &mut CanarySubject { bug }, false).digest
+    run_seed(seed, Slant::default(), &mut CanarySubject { bug }, false).digest
 }
 
 #[test]
 fn a_correct_server_passes() {
     for seed in 0..6 {
-        let report = run_seed(seed, &mut CanarySubject { bug: None }, false);
+        let report = run_seed(seed, Slant::default(), &mut CanarySubject { bug: None }, false);
         assert!(report.clients.answers >= 2_000, "seed {seed} did {} requests", report.clients.answers);
         assert!(report.power_cuts + report.kills >= 5, "seed {seed}: {report:?}");
     }

@@ -13,7 +13,7 @@ use super::bugs::{Bugs, PlantedBug};
 use super::checkpoint_body::{Body, VolumeRecord};
 use super::layout::{ANCHORS, Layout, LayoutError, Place, SegmentIndex};
 use super::map::{FrameIndex, LEAF_BLOCKS, Map, Mapping, Presence};
-use super::root::{Cursor, PlaceRun, Root, choose_root};
+use super::root::{Cursor, LOGGED_STREAMS, PlaceRun, Root, choose_root};
 use super::segment::SegmentTable;
 use crate::checksum::crc32c;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
@@ -81,6 +81,17 @@ pub enum RecoveryError {
     },
 }
 
+/// Where a logged stream goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogEnd {
+    /// The segment of its last valid batch. An anchor, at its end, if there never was one.
+    pub segment: SegmentIndex,
+    /// The block behind that batch. What is there or beyond does not count.
+    pub block: u32,
+    /// The segment that was reserved for what comes after `segment`.
+    pub next_segment: SegmentIndex,
+}
+
 /// A lane's state after recovery.
 #[derive(Debug)]
 pub struct Recovered {
@@ -90,6 +101,8 @@ pub struct Recovered {
     pub checkpoint: u64,
     /// Highest batch number given out.
     pub last_number: u64,
+    /// Where the logged streams go on: behind their last valid batches. Their segments are open.
+    pub log_ends: [Option<LogEnd>; LOGGED_STREAMS],
     /// Where the map's stream goes on; its segment is open.
     pub map_end: Option<(SegmentIndex, u32)>,
     /// Where the checkpoint's body is.
@@ -155,10 +168,13 @@ pub fn recover_lane(
     let mut recovered = restore(reader, layout, &root, body, map_cache_bytes);
 
     let mut batches = Vec::new();
-    for (stream, cursor) in (0..).zip(&root.cursors) {
+    let mut log_ends = [None; LOGGED_STREAMS];
+    for (stream, (cursor, end)) in (0..).zip(root.cursors.iter().zip(&mut log_ends)) {
         let mut walker = Walker::new(reader, layout, &root, stream, *cursor, bugs);
         walker.walk()?;
-        batches.append(&mut walker.accepted());
+        let mut accepted = walker.accepted();
+        *end = Some(accepted.last().map_or_else(|| cursor.log_end(), |batch| batch.log_end));
+        batches.append(&mut accepted);
     }
     // Between the streams the lane's numbers give the order: a move comes after the write that it moved.
     batches.sort_unstable_by_key(|batch| batch.number);
@@ -168,7 +184,28 @@ pub fn recover_lane(
     recovered.last_number =
         batches.last().map_or(root.last_number, |batch| batch.number.max(root.last_number));
     recovered.batches_rolled_forward = batches.len() as u64;
+    recovered.log_ends = log_ends.map(|end| end.filter(|end| !layout.is_anchor(end.next_segment)));
+    for end in recovered.log_ends.iter().flatten() {
+        reopen_log(&layout, &mut recovered.segments, end);
+    }
     Ok(recovered)
+}
+
+/// A mount that ends early must not cost a segment: the stream goes on where it was, and what it had reserved stays
+/// reserved. Batches that were discarded lie there, but they are of an older mount than the root will be.
+fn reopen_log(layout: &Layout, segments: &mut SegmentTable, end: &LogEnd) {
+    if !layout.is_anchor(end.segment) {
+        segments.reopen(end.segment);
+    }
+    if end.next_segment != end.segment {
+        segments.reopen(end.next_segment);
+    }
+}
+
+impl Cursor {
+    fn log_end(&self) -> LogEnd {
+        LogEnd { segment: self.segment, block: self.block, next_segment: self.next_segment }
+    }
 }
 
 fn read_root(
@@ -196,6 +233,7 @@ fn read_body(reader: &mut impl PoolReader, layout: &Layout, root: &Root) -> Opti
             && record.live_blocks <= layout.segment_blocks
             && !layout.is_anchor(record.segment)
     }) && root.map_end.0.0 < segments
+        && root.cursors.iter().all(|cursor| cursor.segment.0.max(cursor.next_segment.0) < segments)
         && body.volumes.iter().flat_map(|(_, leaves)| leaves).all(|leaf| inside(leaf.place))
         && root.body.iter().flatten().flat_map(|run| run.places()).all(inside);
     sensible.then_some(body)
@@ -246,6 +284,7 @@ fn restore(
         segments.reopen(segment);
     }
     Recovered {
+        log_ends: [None; LOGGED_STREAMS],
         map_end,
         mount: root.mount,
         checkpoint: root.checkpoint,
@@ -266,6 +305,8 @@ struct FoundBatch {
     descriptor: Vec<u8>,
     payload_is_good: bool,
     continues: bool,
+    /// Where the stream goes on after it.
+    log_end: LogEnd,
 }
 
 /// Follows the chain of one stream.
@@ -347,6 +388,11 @@ impl<'r, R: PoolReader> Walker<'r, R> {
             descriptor: self.bytes[at..at + descriptor.used_bytes()].to_vec(),
             payload_is_good,
             continues: header.continues,
+            log_end: LogEnd {
+                segment,
+                block: block + descriptor.total_blocks(),
+                next_segment: header.next_segment,
+            },
         });
         self.cursor = Cursor {
             segment,

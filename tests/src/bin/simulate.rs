@@ -7,6 +7,7 @@ use datapath::store::bugs::Bugs;
 use system_tests::sim::berth::BerthSubject;
 use system_tests::sim::canary::{BUGS, CanarySubject};
 use system_tests::sim::runner::{Options, run, summary};
+use system_tests::sim::scenario::{Slant, find};
 
 /// Simulate seeds; a failing one prints how to replay it.
 #[derive(Debug, Parser)]
@@ -20,6 +21,9 @@ struct Arguments {
     /// First seed.
     #[arg(long, default_value_t = 0)]
     from: u64,
+    /// Bend the worlds in this way; an unknown name lists those there are.
+    #[arg(long)]
+    scenario: Option<String>,
     /// Threads.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
@@ -54,7 +58,16 @@ fn main() -> ExitCode {
         None if hunted => (arguments.from, arguments.until_found),
         None => (arguments.from, arguments.seeds),
     };
+    let slant = match arguments
+        .scenario
+        .as_deref()
+        .map_or(Ok(Slant::default()), |name| find(name).map(|found| found.slant))
+    {
+        Ok(slant) => slant,
+        Err(error) => return refuse(&error),
+    };
     let options = Options {
+        slant,
         first,
         count,
         jobs: arguments.jobs.max(1),
@@ -93,7 +106,8 @@ fn refuse(error: &str) -> ExitCode {
 fn subject_arguments(arguments: &Arguments) -> String {
     let canary = if arguments.canary { "--canary " } else { "" };
     let bug = arguments.bug.as_ref().map_or_else(String::new, |name| format!("--bug {name} --explain "));
-    format!("{canary}{bug}")
+    let scenario = arguments.scenario.as_ref().map_or_else(String::new, |name| format!("--scenario {name} "));
+    format!("{canary}{scenario}{bug}")
 }
 
 fn canary_bug(name: Option<&str>) -> Result<Option<system_tests::sim::canary::Bug>, String> {

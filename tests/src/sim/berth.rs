@@ -83,7 +83,7 @@ impl Subject for BerthSubject {
         self.lanes = u32::try_from(random.range(1..=2)).expect("one or two");
         let segments = if self.lanes == 1 { random.range(32..=40) } else { random.range(52..=64) };
         setup.disk_bytes = segments * MIB;
-        setup.may_fill = random.percent(20);
+        setup.may_fill = random.percent(20) || setup.slant.fills;
         // What a pool of this size holds besides its working space.
         let room = if self.lanes == 1 { segments - 22 } else { (segments - 40) / 2 } * MIB;
         let count = u64::try_from(setup.volumes.len()).expect("few volumes");

@@ -23,6 +23,7 @@ pub mod network;
 pub mod oracle;
 pub mod random;
 pub mod runner;
+pub mod scenario;
 pub mod subject;
 pub mod trace;
 pub mod workload;

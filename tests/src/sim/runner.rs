@@ -7,6 +7,7 @@ use std::panic::PanicHookInfo;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::scenario::Slant;
 use super::subject::Subject;
 use super::trace;
 use super::world::{Report, run_seed};
@@ -21,6 +22,8 @@ pub struct Options {
     pub first: u64,
     /// Number of seeds.
     pub count: u64,
+    /// How their worlds are bent.
+    pub slant: Slant,
     /// Threads.
     pub jobs: usize,
     /// Print everything that happens.
@@ -66,9 +69,9 @@ pub fn run<S: Subject>(options: &Options, make: impl Fn() -> S + Sync) -> Report
 }
 
 fn run_one<S: Subject>(seed: u64, options: &Options, make: impl Fn() -> S) -> Report {
-    let report = run_seed(seed, &mut make(), options.verbose);
+    let report = run_seed(seed, options.slant, &mut make(), options.verbose);
     if options.twice {
-        let again = run_seed(seed, &mut make(), false);
+        let again = run_seed(seed, options.slant, &mut make(), false);
         assert_eq!(
             report.digest, again.digest,
             "two runs of one seed differ: something reads the outer world"

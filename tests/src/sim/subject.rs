@@ -7,6 +7,7 @@ use super::disk::Disk;
 use super::memory::SimMemory;
 use super::oracle::Promises;
 use super::random::Random;
+use super::scenario::Slant;
 
 /// A volume of the simulated pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub struct VolumeSpec {
 pub struct Setup {
     /// The seed.
     pub seed: u64,
+    /// How its world is bent.
+    pub slant: Slant,
     /// The disk's size.
     pub disk_bytes: u64,
     /// The volumes.

@@ -5,7 +5,7 @@
 //! numbered or locked before all of a piece is here, so a client that stops sending holds up nobody else.
 
 use super::Shard;
-use super::task::PieceKind;
+use super::task::{PieceKind, Task};
 use super::write::WritePiece;
 use crate::engine::ports::ConnectionId;
 use crate::limits::{BYTES_PER_CONNECTION_MAX, EXACT_RECEIVE_BYTES_MIN, PIECE_BYTES_MAX};
@@ -28,11 +28,14 @@ impl<M: Memory> Shard<M> {
         connection.payload = Some(Payload { task, piece: None });
     }
 
-    /// Is the task's payload still being received?
-    pub(super) fn payload_is_coming(&mut self, task: u32) -> bool {
-        let Some(id) = self.connection_of(task) else { return false };
-        let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
-        connection.payload.is_some_and(|payload| payload.task == task)
+    /// Is the task's payload still being received? Also while its connection is being closed: the kernel may still
+    /// write to the piece's memory, and the task lives until that has ended.
+    pub(super) fn payload_is_coming(&self, task: u32) -> bool {
+        let Task { connection: id, generation, .. } = *self.tasks.get(task);
+        let connection = self.connections[id.0 as usize].as_deref();
+        connection
+            .filter(|connection| connection.generation == generation)
+            .is_some_and(|connection| connection.payload.is_some_and(|payload| payload.task == task))
     }
 
     /// Goes on with the payload. True when it is complete, false when it must wait for bytes or memory.

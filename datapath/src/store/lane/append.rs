@@ -11,6 +11,8 @@ use crate::store::batch::{BatchHeader, DescriptorWriter, Entry, EntryKind, own_e
 use crate::store::bugs::PlantedBug;
 use crate::store::layout::Place;
 use crate::store::map::{LEAF_BLOCKS, Mapping};
+use crate::store::recovery::LogEnd;
+use crate::store::root::LOGGED_STREAMS;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 
 /// Batches of clients that are being written before smaller ones begin to gather. Two keep the device busy
@@ -308,34 +310,39 @@ impl Lane {
         let free = self.segments.open().expect("a free segment");
         let (segment, next_segment) =
             if kind == StreamKind::Map { (free, free) } else { (position.next_segment, free) };
-        self.generation += 1;
-        self.streams[kind.index()].position =
-            Some(Position { segment, block: 0, generation: self.generation, next_segment });
+        let generation = self.next_generation();
+        self.streams[kind.index()].position = Some(Position { segment, block: 0, generation, next_segment });
     }
 
-    /// Assigns the segments with which the streams of this mount begin. Each stands at the end of a segment that is
-    /// not its own (the first anchor, where no batch is ever found), so its first append goes on to the segment
-    /// named here; the map's stream goes on where it was. False if the lane has too few.
+    /// Puts the streams of this mount where they were when the last one ended. One that never was stands at the end
+    /// of a segment that is not its own (the first anchor, where no batch is ever found), so that its first append
+    /// goes on to the segment named here. False if the lane has too few.
     pub(super) fn open_streams(&mut self) -> bool {
-        if self.segments.free_count() < 2 {
+        let new = self.log_ends.iter().filter(|end| end.is_none()).count();
+        if (self.segments.free_count() as usize) < new {
             return false;
         }
-        let (segment, block) = (self.config.layout.anchor(0), self.config.layout.segment_blocks);
-        for kind in [StreamKind::Client, StreamKind::Survivor] {
-            let next_segment = self.segments.open().expect("counted above");
-            self.streams[kind.index()].position =
-                Some(Position { segment, block, generation: 0, next_segment });
+        let (anchor, its_end) = (self.config.layout.anchor(0), self.config.layout.segment_blocks);
+        for index in 0..LOGGED_STREAMS {
+            let end = self.log_ends[index].unwrap_or_else(|| LogEnd {
+                segment: anchor,
+                block: its_end,
+                next_segment: self.segments.open().expect("counted above"),
+            });
+            let generation = if end.segment == anchor { 0 } else { self.next_generation() };
+            let LogEnd { segment, block, next_segment } = end;
+            self.streams[index].position = Some(Position { segment, block, generation, next_segment });
         }
-        let nowhere = Position { segment, block, generation: 0, next_segment: segment };
-        self.generation += 1;
-        let went_on = self.map_end.map(|(segment, block)| Position {
-            segment,
-            block,
-            generation: self.generation,
-            next_segment: segment,
-        });
-        self.streams[StreamKind::Map.index()].position = Some(went_on.unwrap_or(nowhere));
+        let (segment, block) = self.map_end.unwrap_or((anchor, its_end));
+        let generation = if segment == anchor { 0 } else { self.next_generation() };
+        self.streams[StreamKind::Map.index()].position =
+            Some(Position { segment, block, generation, next_segment: segment });
         true
+    }
+
+    fn next_generation(&mut self) -> u64 {
+        self.generation += 1;
+        self.generation
     }
 
     /// A device write of a batch has ended.

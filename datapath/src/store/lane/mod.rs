@@ -23,7 +23,8 @@ use super::bugs::Bugs;
 use super::checkpoint_body::VolumeRecord;
 use super::layout::{Layout, Place, SegmentIndex};
 use super::map::{Map, Mapping};
-use super::recovery::Recovered;
+use super::recovery::{LogEnd, Recovered};
+use super::root::LOGGED_STREAMS;
 use super::segment::SegmentTable;
 use super::slab::Slab;
 use crate::memory::{Memory, Pages};
@@ -227,7 +228,8 @@ pub struct Lane {
     last_number: u64,
     /// Counts the uses of segments in this mount.
     generation: u64,
-    /// Where the map's stream goes on when this mount begins.
+    /// Where the streams go on when this mount begins.
+    log_ends: [Option<LogEnd>; LOGGED_STREAMS],
     map_end: Option<(SegmentIndex, u32)>,
     volumes: Vec<Volume>,
     map: Map,
@@ -317,6 +319,7 @@ impl Lane {
             mount: recovered.mount + 1,
             last_number: recovered.last_number,
             generation: 0,
+            log_ends: recovered.log_ends,
             map_end: recovered.map_end,
             volumes: volumes.map(|record| Volume { numbered: record.sequence, record }).collect(),
             map: recovered.map,

@@ -64,6 +64,17 @@ impl Ending {
         Ending { trigger, outcome, last: false }
     }
 
+    /// An end so early that the engine has hardly more than started.
+    pub(super) fn draw_early(random: &mut Random) -> Ending {
+        let trigger = match random.below(3) {
+            0 => Trigger::DeviceWrites(random.range(0..=12)),
+            1 => Trigger::DeviceWrites(random.skewed(1..=200)),
+            _ => Trigger::Answers(random.range(1..=60)),
+        };
+        let outcome = *random.pick(&[Outcome::Killed, Outcome::PowerCut]);
+        Ending { trigger, outcome, last: false }
+    }
+
     pub(super) fn last() -> Ending {
         Ending { trigger: Trigger::Answers(100), outcome: Outcome::Drained, last: true }
     }

@@ -14,6 +14,7 @@ use super::disk::{Disk, DiskFaults};
 use super::memory::SimMemory;
 use super::oracle::{Crash, Oracle};
 use super::random::Random;
+use super::scenario::Slant;
 use super::subject::{DiskReader, Setup, StartError, Subject, SubjectCounts, Survives, VolumeSpec};
 use super::trace;
 use super::workload::Pattern;
@@ -24,6 +25,8 @@ const REQUESTS_MIN: u64 = 2_000;
 const CRASHES_MIN: u64 = 5;
 /// Lives after which a seed ends even if it has not reached these: its crashes came too early.
 const LIVES_MAX: u64 = 40;
+/// Lives of a seed in which they are short.
+const SHORT_LIVES: u64 = 100;
 const MIB: u64 = 1 << 20;
 
 /// Which kinds of trouble a seed has. Each is absent in many seeds, so that none hides behind another.
@@ -116,12 +119,10 @@ impl SubjectCounts {
 ///
 /// # Panics
 /// When a promise is broken. The thread's [`trace`] tells how it came to that.
-pub fn run_seed<S: Subject>(seed: u64, subject: &mut S, verbose: bool) -> Report {
+pub fn run_seed<S: Subject>(seed: u64, slant: Slant, subject: &mut S, verbose: bool) -> Report {
     trace::begin(seed, verbose);
-    let mut world = World::new(seed, subject);
-    while world.report.lives < LIVES_MAX
-        && (world.report.clients.answers < REQUESTS_MIN || world.crashes() < CRASHES_MIN)
-    {
+    let mut world = World::new(seed, slant, subject);
+    while world.goes_on() {
         if !world.live(false) {
             return world.finish();
         }
@@ -146,12 +147,15 @@ struct World<'a, S: Subject> {
 }
 
 impl<'a, S: Subject> World<'a, S> {
-    fn new(seed: u64, subject: &'a mut S) -> World<'a, S> {
+    fn new(seed: u64, slant: Slant, subject: &'a mut S) -> World<'a, S> {
         let mut random = Random::new(seed);
-        let mut setup = draw_setup(seed, &mut random.fork("setup", 0));
+        let mut setup = draw_setup(seed, slant, &mut random.fork("setup", 0));
         subject.adapt(&mut setup);
         let survives = subject.survives(&setup);
-        let swarm = draw_swarm(&mut random.fork("swarm", 0), &setup, survives);
+        let mut swarm = draw_swarm(&mut random.fork("swarm", 0), &setup, survives);
+        if slant.restless {
+            swarm.disconnects = 30_000;
+        }
         let mut disk = Disk::new(setup.disk_bytes, random.fork("disk", 0));
         subject.format(&setup, &mut disk);
         let promises = subject.promises(&setup);
@@ -171,6 +175,14 @@ impl<'a, S: Subject> World<'a, S> {
         }
     }
 
+    fn goes_on(&self) -> bool {
+        if self.setup.slant.short_lives {
+            return self.report.lives < SHORT_LIVES;
+        }
+        let enough = self.report.clients.answers >= REQUESTS_MIN && self.crashes() >= CRASHES_MIN;
+        self.report.lives < LIVES_MAX && !enough
+    }
+
     fn crashes(&self) -> u64 {
         self.report.power_cuts + self.report.kills
     }
@@ -186,7 +198,11 @@ impl<'a, S: Subject> World<'a, S> {
         self.prepare_disk(last, &mut random);
         let Some(engine) = self.start() else { return false };
         self.report.lives += 1;
-        let ending = if last { Ending::last() } else { Ending::draw(&mut random) };
+        let ending = match (last, self.setup.slant.short_lives) {
+            (true, _) => Ending::last(),
+            (false, true) => Ending::draw_early(&mut random),
+            (false, false) => Ending::draw(&mut random),
+        };
         trace::note(self.now, "life begins: number, last", [number, u64::from(last), 0]);
         let disk = self.disk.take().expect("the disk is here");
         let (errors, failed_syncs) = (disk.counts.errors, disk.counts.failed_syncs);
@@ -321,7 +337,7 @@ impl<'a, S: Subject> World<'a, S> {
     }
 }
 
-fn draw_setup(seed: u64, random: &mut Random) -> Setup {
+fn draw_setup(seed: u64, slant: Slant, random: &mut Random) -> Setup {
     let disk_bytes = *random.pick(&[16 * MIB, 24 * MIB, 32 * MIB, 64 * MIB]);
     let count = random.range(1..=3);
     // At most a quarter of the disk: what else there must be room for is the subject's business.
@@ -330,14 +346,16 @@ fn draw_setup(seed: u64, random: &mut Random) -> Setup {
         name: format!("volume-{index}"),
         size_bytes: random.range(16..=size_max / 4096) * 4096,
     };
+    let request_bytes_max = *random.pick(&[256 << 10, MIB, MIB, 3 * MIB]);
     Setup {
         seed,
+        slant,
         disk_bytes,
         volumes: (0..count).map(|index| volume(index, random)).collect(),
         durable_acks: random.percent(40),
         prefer_fua: random.percent(30),
-        request_bytes_max: *random.pick(&[256 << 10, MIB, MIB, 3 * MIB]),
-        may_fill: false,
+        request_bytes_max: if slant.long_requests { 3 * MIB } else { request_bytes_max },
+        may_fill: slant.fills,
         random: random.fork("subject", 0),
     }
 }
