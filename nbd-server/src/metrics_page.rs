@@ -84,13 +84,14 @@ const OPERATION_COUNTERS: [Metric<OperationReport, u64>; 3] = [
     ("request_bytes", "Bytes read, written or released", |operation| operation.bytes),
 ];
 
-const LANE_COUNTERS: [Metric<LaneReport, u64>; 11] = [
+const LANE_COUNTERS: [Metric<LaneReport, u64>; 12] = [
     ("client_blocks_written", "Blocks that clients wrote", |lane| lane.counters.client_blocks_written),
     ("batches_written", "Batches of the log written", |lane| lane.counters.batches),
     ("checkpoints", "Checkpoints completed", |lane| lane.counters.checkpoints),
     ("segments_cleaned", "Segments emptied by the cleaner", |lane| lane.counters.cleaned_segments),
     ("device_syncs", "Syncs of the device", |lane| lane.counters.syncs),
     ("checksum_errors", "Blocks whose checksum was wrong", |lane| lane.counters.checksum_errors),
+    ("lost_blocks", "Damaged blocks whose place was given up", |lane| lane.counters.lost_blocks),
     ("device_errors", "Device operations that failed", |lane| lane.counters.device_errors),
     ("waits_for_space", "Changes that waited for space", |lane| lane.counters.waits_for_space),
     ("refused_no_space", "Changes refused for want of space", |lane| lane.counters.refused_no_space),

@@ -73,6 +73,13 @@ pub fn check(path: &Path) -> Result<PoolCheck, PoolToolError> {
                 report.data_blocks += found.data_blocks;
                 report.leaf_blocks += found.leaf_blocks;
                 report.problems += found.problems;
+                if found.lost_blocks > 0 {
+                    report.add(format!(
+                        "lane {lane}: {} blocks of volumes were damaged and given up; reading them is an error \
+                         until they are written again",
+                        found.lost_blocks
+                    ));
+                }
                 report
                     .listed
                     .extend(found.listed.into_iter().map(|problem| format!("lane {lane}: {problem}")));

@@ -7,7 +7,7 @@
 //!    8  lane 2, stream 1, flags 1                           8  first block of volume   4  (leaf index for a leaf)
 //!   12  payload blocks        2                            12  count of blocks         4
 //!   14  entries               2                            16  epoch                   4
-//!   16  mount number          8                            20  old place               4  (moves only)
+//!   16  mount number          8                            20  old place               4  (move and lost)
 //!   24  segment generation    8                            24  sequence                8
 //!   32  batch number          8                            32  CRC32C of each payload block
 //!   40  flushed watermark     8
@@ -50,6 +50,9 @@ pub enum EntryKind {
     Zero,
     /// The client no longer needs the blocks; they read as zeroes; no payload.
     Trim,
+    /// The cleaner found the block at `old_place` damaged and gives it up: reading it is an error from now on. Takes
+    /// effect only if the map still points there; no payload.
+    Lost,
     /// A leaf of the map. Found through the root, never by rolling forward.
     Leaf,
     /// A part of a checkpoint. Found through the root, never by rolling forward.
@@ -57,11 +60,12 @@ pub enum EntryKind {
 }
 
 impl EntryKind {
-    const ALL: [(EntryKind, u8); 6] = [
+    const ALL: [(EntryKind, u8); 7] = [
         (EntryKind::Data, 1),
         (EntryKind::Move, 2),
         (EntryKind::Zero, 3),
         (EntryKind::Trim, 4),
+        (EntryKind::Lost, 5),
         (EntryKind::Leaf, 16),
         (EntryKind::Checkpoint, 17),
     ];
@@ -77,7 +81,7 @@ impl EntryKind {
     /// Do payload blocks come with it?
     #[must_use]
     pub fn has_payload(self) -> bool {
-        !matches!(self, EntryKind::Zero | EntryKind::Trim)
+        !matches!(self, EntryKind::Zero | EntryKind::Trim | EntryKind::Lost)
     }
 }
 
@@ -94,7 +98,7 @@ pub struct Entry {
     pub count: u32,
     /// Epoch in which the change was numbered.
     pub epoch: u32,
-    /// Where a moved block was.
+    /// Where a moved or lost block was.
     pub old_place: Place,
     /// Number of the change within its volume.
     pub sequence: u64,

@@ -14,6 +14,8 @@ const LISTED_MAX: usize = 20;
 pub struct CheckReport {
     /// Blocks of volumes that hold data.
     pub data_blocks: u64,
+    /// Blocks that were damaged and given up.
+    pub lost_blocks: u64,
     /// Leaves of maps on the device.
     pub leaf_blocks: u64,
     /// Problems in all.
@@ -102,7 +104,9 @@ impl Check {
             for offset in 0..LEAF_BLOCKS {
                 let mapping = recovered.map.get(frame, offset);
                 let block = u64::from(leaf) * u64::from(LEAF_BLOCKS) + u64::from(offset);
-                if mapping.place != Place::NONE {
+                if mapping.place == Place::LOST {
+                    self.report.lost_blocks += 1;
+                } else if mapping.place != Place::NONE {
                     self.check_block(reader, &name, block, size_blocks, mapping);
                 }
             }

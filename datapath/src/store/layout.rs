@@ -40,6 +40,15 @@ impl Place {
     /// No place: a hole.
     pub const NONE: Place = Place(0);
 
+    /// The block was damaged and its place was given up: it is neither data nor a hole, reading it is an error.
+    pub const LOST: Place = Place(u32::MAX);
+
+    /// Is there a block on the device?
+    #[must_use]
+    pub fn is_on_device(self) -> bool {
+        self != Place::NONE && self != Place::LOST
+    }
+
     /// The place `blocks` further on.
     #[must_use]
     pub fn plus(self, blocks: u32) -> Place {

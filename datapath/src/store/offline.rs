@@ -1,6 +1,5 @@
 //! What tools do with a recovered lane that nobody serves: look at what a volume holds, and remove a volume.
 
-use super::layout::Place;
 use super::map::{FrameIndex, LEAF_BLOCKS, Mapping};
 use super::recovery::{PoolReader, Recovered, RecoveryError, leaf_at_hand};
 
@@ -21,7 +20,7 @@ impl Recovered {
         self.visit_leaves(reader, volume, |recovered, leaf, frame| {
             for offset in 0..LEAF_BLOCKS {
                 let mapping = recovered.map.get(frame, offset);
-                if mapping.place != Place::NONE {
+                if mapping.place.is_on_device() {
                     visit(leaf * LEAF_BLOCKS + offset, mapping);
                 }
             }
@@ -43,7 +42,7 @@ impl Recovered {
         self.visit_leaves(reader, volume, |recovered, leaf, frame| {
             for offset in 0..LEAF_BLOCKS {
                 let place = recovered.map.get(frame, offset).place;
-                released += u64::from(place != Place::NONE);
+                released += u64::from(place.is_on_device());
                 recovered.segments.remove_live(place);
             }
             let on_device = recovered.map.table(position).leaf_on_device(leaf);

@@ -487,19 +487,20 @@ fn apply_batch(
             let new = match entry.kind {
                 EntryKind::Data | EntryKind::Move => Mapping { place, crc: view.checksum(index) },
                 EntryKind::Zero | EntryKind::Trim => Mapping { place: Place::NONE, crc: 0 },
+                EntryKind::Lost => Mapping { place: Place::LOST, crc: 0 },
                 EntryKind::Leaf | EntryKind::Checkpoint => continue,
             };
             let offset = block % LEAF_BLOCKS;
-            let stale =
-                entry.kind == EntryKind::Move && recovered.map.get(frame, offset).place != entry.old_place;
+            let conditional = matches!(entry.kind, EntryKind::Move | EntryKind::Lost);
+            let stale = conditional && recovered.map.get(frame, offset).place != entry.old_place;
             if stale && !bugs.has(PlantedBug::MoveOverNewerVersion) {
                 continue;
             }
-            if new.place != Place::NONE {
+            if new.place.is_on_device() {
                 recovered.segments.add_live(new.place);
             }
             let old = recovered.map.set(frame, offset, new, entry.sequence);
-            assert!(layout.segment_of(old).0 < recovered.segments.pool_count());
+            assert!(!old.is_on_device() || layout.segment_of(old).0 < recovered.segments.pool_count());
             recovered.segments.remove_live(old);
         }
     }

@@ -37,6 +37,9 @@ struct Segment {
     unapplied: u32,
     /// The cleaner has dealt with it and it waits for that to take effect, or holds what cannot be moved.
     cleaned: bool,
+    /// The cleaner found damaged blocks and left them. When space is short it looks again, and gives them up if they
+    /// are still damaged.
+    damaged: bool,
     newest_number: u64,
 }
 
@@ -72,6 +75,7 @@ const FOREIGN: Segment = Segment {
     readers: 0,
     unapplied: 0,
     cleaned: false,
+    damaged: false,
     newest_number: 0,
 };
 
@@ -138,7 +142,8 @@ impl SegmentTable {
     pub fn open(&mut self) -> Option<SegmentIndex> {
         let segment = self.free.pop_front()?;
         self.set_state(segment, SegmentState::Open);
-        self.segments[segment.0 as usize].cleaned = false;
+        let slot = &mut self.segments[segment.0 as usize];
+        (slot.cleaned, slot.damaged) = (false, false);
         Some(segment)
     }
 
@@ -205,9 +210,9 @@ impl SegmentTable {
         self.change(self.layout.segment_of(place), |slot| slot.live += 1);
     }
 
-    /// Nothing refers to `place` any more; a hole is ignored.
+    /// Nothing refers to `place` any more; one that is not on the device is ignored.
     pub fn remove_live(&mut self, place: Place) {
-        if place != Place::NONE {
+        if place.is_on_device() {
             let segment = self.layout.segment_of(place);
             self.change(segment, |slot| slot.live = slot.live.checked_sub(1).expect("a place dies once"));
         }
@@ -286,9 +291,12 @@ impl SegmentTable {
         self.indices().filter(cleaned).collect()
     }
 
-    /// Of `cleaned`, which a whole checkpoint has followed, those that still hold something cannot be emptied.
+    /// Of `cleaned`, which a whole checkpoint has followed, those that still hold something cannot be emptied, unless
+    /// it is damaged blocks that may yet be given up.
     pub fn note_stuck(&mut self, cleaned: &[SegmentIndex]) {
-        let stuck = cleaned.iter().filter(|segment| self.is_cleaned(**segment) && self.live(**segment) > 0);
+        let stuck = cleaned.iter().filter(|segment| {
+            self.is_cleaned(**segment) && !self.is_damaged(**segment) && self.live(**segment) > 0
+        });
         self.stuck =
             stuck.fold((0, 0), |(count, live), segment| (count + 1, live + u64::from(self.live(*segment))));
     }
@@ -305,6 +313,17 @@ impl SegmentTable {
         self.segments[segment.0 as usize].cleaned
     }
 
+    /// Did the cleaner leave damaged blocks in the segment?
+    #[must_use]
+    pub fn is_damaged(&self, segment: SegmentIndex) -> bool {
+        self.segments[segment.0 as usize].damaged
+    }
+
+    /// The cleaner left damaged blocks in the segment, or none.
+    pub fn mark_damaged(&mut self, segment: SegmentIndex, damaged: bool) {
+        self.segments[segment.0 as usize].damaged = damaged;
+    }
+
     /// The cleaner has dealt with the segment.
     pub fn mark_cleaned(&mut self, segment: SegmentIndex, cleaned: bool) {
         self.segments[segment.0 as usize].cleaned = cleaned;
@@ -312,9 +331,10 @@ impl SegmentTable {
 
     /// The segment whose cleaning gains most: free space over the cost of reading it and writing what lives, times
     /// age (Rosenblum and Ousterhout, 1992). Old segments have stopped dying by themselves. With `urgent` only the
-    /// free space counts: an old segment that is nearly full gains next to nothing now.
+    /// free space counts: an old segment that is nearly full gains next to nothing now, and one with damaged blocks
+    /// has its second turn. What lives in it must fit into `room_blocks`: a victim that cannot be emptied frees nothing.
     #[must_use]
-    pub fn choose_victim(&self, now_number: u64, urgent: bool) -> Option<SegmentIndex> {
+    pub fn choose_victim(&self, now_number: u64, urgent: bool, room_blocks: u32) -> Option<SegmentIndex> {
         let blocks = f64::from(self.layout.segment_blocks);
         let score = |segment: &Segment| {
             let live = f64::from(segment.live) / blocks;
@@ -327,8 +347,9 @@ impl SegmentTable {
             segment.state == SegmentState::Sealed
                 && segment.live > 0
                 && segment.live < self.layout.usable_blocks()
+                && segment.live <= room_blocks
                 && segment.unapplied == 0
-                && !segment.cleaned
+                && (!segment.cleaned || urgent && segment.damaged)
         });
         let best = candidates.max_by(|(_, a), (_, b)| score(a).total_cmp(&score(b)));
         best.map(|(index, _)| SegmentIndex(u32::try_from(index).expect("segments fit 32 bits")))

@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     let slant = match arguments
         .scenario
         .as_deref()
-        .map_or(Ok(Slant::default()), |name| find(name).map(|found| found.slant))
+        .map_or_else(|| Ok(Slant::default()), |name| find(name).map(|found| found.slant))
     {
         Ok(slant) => slant,
         Err(error) => return refuse(&error),

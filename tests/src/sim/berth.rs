@@ -165,6 +165,7 @@ impl Subject for BerthSubject {
         let mut counts = SubjectCounts::default();
         for lane in engine.lanes().map(Lane::counters) {
             counts.checkpoints += lane.checkpoints;
+            counts.lost_blocks += lane.lost_blocks;
             counts.cleaned_segments += lane.cleaned_segments;
             counts.batches += lane.batches;
         }

@@ -120,7 +120,7 @@ pub fn summary(report: &Report) -> String {
     format!(
         "{} requests ({} errors deserved), {} MiB written, {} MiB read\n\
          {} lives: {} power cuts, {} kills, {} stops, {} crashes before the first answer, {} refusals\n\
-         disk: {} MiB written, {} errors, {} flipped bits\n\
+         disk: {} MiB written, {} errors, {} flipped bits, {} blocks given up\n\
          engine: {} turns, {} batches, {} checkpoints, {} segments cleaned; {} s of virtual time",
         report.clients.answers,
         report.clients.errors,
@@ -135,6 +135,7 @@ pub fn summary(report: &Report) -> String {
         mib(report.disk_written_bytes),
         report.disk_errors,
         report.flipped_bits,
+        report.subject.lost_blocks,
         report.turns,
         report.subject.batches,
         report.subject.checkpoints,

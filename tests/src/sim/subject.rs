@@ -80,6 +80,8 @@ pub enum StartError {
 pub struct SubjectCounts {
     /// Checkpoints written.
     pub checkpoints: u64,
+    /// Damaged blocks given up.
+    pub lost_blocks: u64,
     /// Segments cleaned.
     pub cleaned_segments: u64,
     /// Batches appended.

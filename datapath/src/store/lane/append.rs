@@ -10,7 +10,7 @@ use crate::request::RequestError;
 use crate::store::batch::{BatchHeader, DescriptorWriter, Entry, EntryKind, own_entries};
 use crate::store::bugs::PlantedBug;
 use crate::store::layout::Place;
-use crate::store::map::{LEAF_BLOCKS, Mapping};
+use crate::store::map::{FrameIndex, LEAF_BLOCKS, Mapping};
 use crate::store::recovery::LogEnd;
 use crate::store::root::LOGGED_STREAMS;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
@@ -51,6 +51,7 @@ impl Lane {
         let descriptor = context.memory.bytes_mut(open.memory.part(0, BLOCK_BYTES));
         open.writer.push(descriptor, entry, checksums[..blocks as usize].iter().copied());
         open.records.push(record);
+        self.unapplied_leaves += record.leaf_count();
         true
     }
 
@@ -156,6 +157,7 @@ impl Lane {
 
     fn records_with(&mut self, record: Record) -> Vec<Record> {
         let mut records = self.record_vectors.pop().unwrap_or_default();
+        self.unapplied_leaves += record.leaf_count();
         records.push(record);
         records
     }
@@ -280,20 +282,41 @@ impl Lane {
     }
 
     /// Free segments that must be left when the stream takes one. The checkpoint, which frees segments, may take
-    /// the last. The cleaner leaves what the next checkpoint needs besides the rest of the map's segment. Clients
-    /// leave enough besides for the cleaner to empty a few segments, whatever lives in them. Not yet enough: in a
-    /// pool of a few dozen segments many mounts that end early can use up what a restart's checkpoint needs.
+    /// the last. The cleaner leaves what the next checkpoint needs besides the rest of the map's segment, and one
+    /// more. Clients leave enough besides for the cleaner to empty a few segments, whatever lives in them.
     pub(super) fn segments_kept(&self, kind: StreamKind) -> u32 {
-        let blocks = self.map.dirty_count() as u64 + self.checkpointer.blocks_to_write();
-        let with_descriptors = blocks + blocks.div_ceil(32) + 2;
-        let beyond = with_descriptors.saturating_sub(u64::from(self.blocks_left(StreamKind::Map)));
-        let checkpoint = beyond.div_ceil(u64::from(self.config.layout.usable_blocks()));
-        let checkpoint = u32::try_from(checkpoint).expect("segments fit 32 bits");
+        let checkpoint = self.segments_for_checkpoint(0);
         match kind {
-            StreamKind::Client => checkpoint + 5,
-            StreamKind::Survivor => checkpoint,
+            StreamKind::Client => checkpoint + 6,
+            StreamKind::Survivor => checkpoint + 1,
             StreamKind::Map => 0,
         }
+    }
+
+    /// Segments that the checkpoint under way and the next one need beyond the rest of the map's segment, if so many
+    /// leaves more are changed.
+    fn segments_for_checkpoint(&self, more_leaves: u64) -> u32 {
+        let leaves = self.map.dirty_count() as u64 + self.unapplied_leaves + more_leaves;
+        let blocks = leaves + self.checkpointer.blocks_to_write();
+        let with_descriptors = blocks + blocks.div_ceil(32) + 2;
+        let beyond = with_descriptors.saturating_sub(u64::from(self.blocks_left(StreamKind::Map)));
+        let segments = beyond.div_ceil(u64::from(self.config.layout.usable_blocks()));
+        u32::try_from(segments).expect("segments fit 32 bits")
+    }
+
+    /// May these leaves be changed? Not if the next checkpoint might then lack the space to write them all: nothing
+    /// could ever be freed again.
+    pub(super) fn may_dirty(&self, frames: [Option<FrameIndex>; 2]) -> bool {
+        let leaves = frames.iter().flatten().count() as u64;
+        self.segments_for_checkpoint(leaves) <= self.segments.free_count()
+    }
+
+    /// Blocks that the cleaner can move before it lacks a segment.
+    pub(super) fn survivor_room_blocks(&self) -> u32 {
+        let spare = self.segments.free_count().saturating_sub(self.segments_kept(StreamKind::Survivor));
+        let room = self.blocks_left(StreamKind::Survivor)
+            + (spare + self.pool_share.free).saturating_mul(self.config.layout.usable_blocks());
+        room.saturating_sub(room / 64 + 2)
     }
 
     /// The stream leaves its segment for the next one and reserves one more. The map's stream is never rolled
@@ -414,7 +437,13 @@ impl Lane {
                 EntryKind::Zero | EntryKind::Trim => {
                     self.apply_change(&view.entry, record, Place::NONE, |_| 0);
                 }
-                EntryKind::Move => self.apply_move(&view.entry, record, place, view.checksum(0)),
+                EntryKind::Move => {
+                    let new = Mapping { place, crc: view.checksum(0) };
+                    self.apply_move(&view.entry, record, new);
+                }
+                EntryKind::Lost => {
+                    self.apply_move(&view.entry, record, Mapping { place: Place::LOST, crc: 0 });
+                }
                 EntryKind::Leaf => self.apply_leaf(&view.entry, record, place, view.checksum(0)),
                 EntryKind::Checkpoint => self.apply_body(&view.entry, place),
             }
@@ -423,6 +452,7 @@ impl Lane {
         for record in batch.records.drain(..) {
             record.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
             self.unapplied_new_blocks -= u64::from(record.new_blocks);
+            self.unapplied_leaves -= record.leaf_count();
             match record.cookie {
                 Some(cookie) if record.durable && self.config.ack == AckPolicy::Device => {
                     self.syncer.wait(cookie)
@@ -454,16 +484,18 @@ impl Lane {
         }
     }
 
-    /// A move takes effect only if the block is still where it was moved from.
-    fn apply_move(&mut self, entry: &Entry, record: &Record, place: Place, crc: u32) {
+    /// A block is moved or given up only if it is still where it was found.
+    fn apply_move(&mut self, entry: &Entry, record: &Record, new: Mapping) {
         let frame = record.frames[0].expect("a pinned leaf");
         let offset = entry.block % LEAF_BLOCKS;
         let stale = self.map.get(frame, offset).place != entry.old_place;
         if stale && !self.config.bugs.has(PlantedBug::MoveOverNewerVersion) {
             return;
         }
-        self.segments.add_live(place);
-        let old = self.map.set(frame, offset, Mapping { place, crc }, entry.sequence);
+        if new.place.is_on_device() {
+            self.segments.add_live(new.place);
+        }
+        let old = self.map.set(frame, offset, new, entry.sequence);
         self.segments.remove_live(old);
     }
 
@@ -514,6 +546,7 @@ impl Lane {
         for record in records {
             record.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
             self.unapplied_new_blocks -= u64::from(record.new_blocks);
+            self.unapplied_leaves -= record.leaf_count();
             if let Some(cookie) = record.cookie {
                 self.complete(cookie, Err(RequestError::Io));
             }

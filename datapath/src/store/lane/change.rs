@@ -56,8 +56,8 @@ impl Lane {
             return false;
         }
         let Some(frames) = self.frames_here(range) else { return false };
-        let new_blocks = self.count_holes(range, frames);
-        if !self.has_room_for(new_blocks) {
+        let new_blocks = self.count_new_blocks(range, frames);
+        if !self.has_room_for(new_blocks) || !self.may_dirty(frames) {
             return false;
         }
         let entry = self.entry(EntryKind::Data, range);
@@ -137,10 +137,10 @@ impl Lane {
         }
     }
 
-    /// A change waits for space and none can come, because all garbage lies in segments that damage keeps from
-    /// being emptied: it is refused rather than left to wait for ever.
+    /// A change waits for space and none can come, as when all garbage lies in segments that damage keeps from being
+    /// emptied: it is refused rather than left to wait for ever.
     pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        if !self.blocked[0].is_empty() && self.segments.stuck().0 > 0 && self.cleaning_is_over() {
+        if !self.blocked[0].is_empty() && self.cleaning_is_over() {
             let index = self.blocked[0].pop_front().expect("not empty");
             self.counters.refused_no_space += 1;
             self.refuse_change(context, index, RequestError::NoSpace);
@@ -169,11 +169,17 @@ impl Lane {
         }
         let change = self.changes.get(index);
         let (kind, frames, payload) = (change.kind, change.frames, change.payload);
-        let new_blocks = if payload.is_some() { self.count_holes(range, frames) } else { 0 };
+        let new_blocks = if payload.is_some() { self.count_new_blocks(range, frames) } else { 0 };
         if !self.has_room_for(new_blocks) {
             if self.unapplied_new_blocks == 0 {
                 self.counters.refused_no_space += 1;
                 return Verdict::Refused(RequestError::NoSpace);
+            }
+            return self.wait_for_space(index);
+        }
+        if !self.may_dirty(frames) {
+            if self.checkpointer.is_idle() {
+                self.checkpointer.request();
             }
             return self.wait_for_space(index);
         }
@@ -311,14 +317,15 @@ impl Lane {
         Some(frames)
     }
 
-    fn count_holes(&self, range: BlockRange, frames: [Option<FrameIndex>; 2]) -> u32 {
+    /// How many blocks of the range have no place on the device yet.
+    fn count_new_blocks(&self, range: BlockRange, frames: [Option<FrameIndex>; 2]) -> u32 {
         let first_leaf = range.block / LEAF_BLOCKS;
-        let is_hole = |block: &u32| {
+        let is_new = |block: &u32| {
             let frame = frames[(block / LEAF_BLOCKS - first_leaf) as usize].expect("gathered");
-            self.map.get(frame, block % LEAF_BLOCKS).place == Place::NONE
+            !self.map.get(frame, block % LEAF_BLOCKS).place.is_on_device()
         };
-        let holes = (range.block..range.block + range.count).filter(is_hole).count();
-        u32::try_from(holes).expect("at most a piece")
+        let new = (range.block..range.block + range.count).filter(is_new).count();
+        u32::try_from(new).expect("at most a piece")
     }
 
     /// Would so many more live blocks leave the cleaner enough to work with? Overwriting adds none.

@@ -58,6 +58,10 @@ pub(super) struct Cleaner {
     phase: Phase,
     victim: Option<SegmentIndex>,
     read_failed: bool,
+    /// Damaged blocks were found and left for a second look.
+    found_damage: bool,
+    /// Space or leaves that may be changed are lacking: a checkpoint brings them.
+    starved: bool,
     /// A whole segment.
     buffer: MemoryRange,
     candidates: Vec<Candidate>,
@@ -110,7 +114,7 @@ impl Lane {
             && self.map.dirty_count() == 0
             && self.pool_share.free == 0
             && self.streams.iter().all(super::stream::Stream::is_settled)
-            && self.segments.choose_victim(self.last_number, true).is_none()
+            && self.segments.choose_victim(self.last_number, true, self.survivor_room_blocks()).is_none()
     }
 
     /// So few segments are left that those already emptied are needed.
@@ -121,7 +125,10 @@ impl Lane {
         let worth_it = self.segments.dead_count() >= self.clean_below().saturating_sub(kept + 2).max(1);
         self.pool_share.others_are_hungry && self.segments.dead_count() > 0
             || free <= kept + 1 && (worth_it || waits && self.segments.dead_count() > 0)
-            || waits && self.cleaner.phase == Phase::Idle && self.map.dirty_count() > 0 && free <= kept + 1
+            || waits
+                && (self.cleaner.phase == Phase::Idle || self.cleaner.starved)
+                && self.map.dirty_count() > 0
+                && free <= kept + 1
     }
 
     pub(super) fn upkeep_cleaner<M: Memory>(&mut self, context: &mut Context<'_, M>) {
@@ -134,13 +141,17 @@ impl Lane {
         }
         if self.cleaner.phase == Phase::Moving && self.cleaner.leaves_coming == 0 {
             self.move_survivors(context);
+            if self.is_starved_for_good() {
+                self.put_victim_back();
+            }
         }
     }
 
     fn start_cleaning(&mut self) {
         let urgent =
             self.segments.free_count() + self.pool_share.free <= self.segments_kept(StreamKind::Client);
-        let Some(victim) = self.segments.choose_victim(self.last_number, urgent) else { return };
+        let room = self.survivor_room_blocks();
+        let Some(victim) = self.segments.choose_victim(self.last_number, urgent, room) else { return };
         self.segments.mark_cleaned(victim, true);
         self.segments.begin_read(victim);
         let layout = self.config.layout;
@@ -154,6 +165,7 @@ impl Lane {
         }
         self.cleaner.victim = Some(victim);
         self.cleaner.read_failed = false;
+        self.cleaner.found_damage = false;
         self.cleaner.phase = Phase::Reading { left };
     }
 
@@ -225,6 +237,7 @@ impl Lane {
 
     fn move_survivors<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         self.cleaner.interrupted = false;
+        self.cleaner.starved = false;
         for _ in 0..self.cleaning_budget() {
             let Some(candidate) = self.cleaner.candidates.get(self.cleaner.next).copied() else {
                 if self.streams[StreamKind::Survivor.index()].open.is_some() {
@@ -248,6 +261,9 @@ impl Lane {
         match self.map.find(candidate.volume, candidate.leaf) {
             Presence::Nowhere => Progress::Done,
             Presence::Here(frame) if candidate.is_leaf => {
+                if !self.may_dirty([Some(frame), None]) {
+                    return self.starve(context);
+                }
                 self.map.touch(frame);
                 Progress::Done
             }
@@ -302,16 +318,18 @@ impl Lane {
         let victim = self.config.layout.segment_of(candidate.place);
         let offset = candidate.place.0 - self.config.layout.place(victim, 0).0;
         let payload = self.cleaner.buffer.part(offset * BLOCK_BYTES, BLOCK_BYTES);
-        if crc32c(context.memory.bytes(payload)) != mapping.crc {
-            // Copying would give rot a good checksum. It stays, and its segment with it.
+        let is_good = crc32c(context.memory.bytes(payload)) == mapping.crc;
+        if !is_good && !self.segments.is_damaged(victim) {
+            // Copying would give rot a good checksum. It stays, with its segment, until space is short.
             self.counters.checksum_errors += 1;
+            self.cleaner.found_damage = true;
             return Progress::Done;
         }
         if self.streams[StreamKind::Survivor.index()].writing_count() >= SURVIVOR_BATCHES_WRITING {
             return Progress::Wait;
         }
         let entry = Entry {
-            kind: EntryKind::Move,
+            kind: if is_good { EntryKind::Move } else { EntryKind::Lost },
             volume: self.volumes[candidate.volume as usize].record.number,
             block: candidate.block,
             count: 1,
@@ -321,16 +339,54 @@ impl Lane {
         };
         let frames = [Some(frame), None];
         let record = Record { volume: candidate.volume, frames, cookie: None, durable: false, new_blocks: 0 };
-        if !self.append_small(context, StreamKind::Survivor, &entry, Some(payload), record) {
+        if self.streams[StreamKind::Survivor.index()].open.is_none() && self.batch_buffers.is_empty() {
             return Progress::Wait;
         }
+        let payload = is_good.then_some(payload);
+        if !self.may_dirty(frames)
+            || !self.append_small(context, StreamKind::Survivor, &entry, payload, record)
+        {
+            return self.starve(context);
+        }
         self.map.pin(frame);
-        self.counters.moved_blocks += 1;
+        self.counters.moved_blocks += u64::from(is_good);
+        self.counters.lost_blocks += u64::from(!is_good);
         Progress::Done
+    }
+
+    /// The victim cannot be dealt with further before a checkpoint. If even that has brought no space, it is put back.
+    fn starve<M: Memory>(&mut self, context: &mut Context<'_, M>) -> Progress {
+        self.cleaner.starved = true;
+        if self.streams[StreamKind::Survivor.index()].open.is_some() {
+            self.seal(context, StreamKind::Survivor, false);
+        }
+        if self.checkpointer.is_idle() && self.map.dirty_count() + self.segments.dead_count() as usize > 0 {
+            self.checkpointer.request();
+        }
+        Progress::Wait
+    }
+
+    /// Neither the checkpoint nor anything else under way will bring the space that the victim needs.
+    fn is_starved_for_good(&self) -> bool {
+        self.cleaner.starved
+            && self.checkpointer.is_idle()
+            && self.map.dirty_count() == 0
+            && self.segments.dead_count() == 0
+            && self.pool_share.free == 0
+            && self.streams.iter().all(super::stream::Stream::is_settled)
+    }
+
+    fn put_victim_back(&mut self) {
+        let victim = self.cleaner.victim.expect("a victim");
+        let was_damaged = self.segments.is_damaged(victim);
+        self.end_cleaning(false);
+        self.segments.mark_cleaned(victim, was_damaged);
+        self.segments.mark_damaged(victim, was_damaged);
     }
 
     fn end_cleaning(&mut self, emptied: bool) {
         let victim = self.cleaner.victim.take().expect("a victim");
+        self.segments.mark_damaged(victim, self.cleaner.found_damage);
         self.segments.end_read(victim);
         self.cleaner.phase = Phase::Idle;
         self.counters.cleaned_segments += u64::from(emptied);

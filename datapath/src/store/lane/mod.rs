@@ -178,6 +178,8 @@ pub struct LaneCounters {
     pub syncs: u64,
     /// Blocks whose checksum was wrong.
     pub checksum_errors: u64,
+    /// Damaged blocks that were given up.
+    pub lost_blocks: u64,
     /// Device operations that failed.
     pub device_errors: u64,
     /// Changes that had to wait for space.
@@ -247,6 +249,8 @@ pub struct Lane {
     blocked: [VecDeque<u32>; 2],
     /// Blocks that changes under way may add to the volumes.
     unapplied_new_blocks: u64,
+    /// Leaves that changes under way will make dirty; one that several change counts several times.
+    unapplied_leaves: u64,
     leaf_loads: LeafLoads,
     syncer: Syncer,
     checkpointer: Checkpointer,
@@ -334,6 +338,7 @@ impl Lane {
             changes: Slab::default(),
             blocked: Default::default(),
             unapplied_new_blocks: 0,
+            unapplied_leaves: 0,
             leaf_loads,
             syncer: Syncer::default(),
             checkpointer,
@@ -411,7 +416,7 @@ impl Lane {
     }
 
     fn working_segments(&self) -> u32 {
-        WORKING_SEGMENTS + self.pool_share.segments / 200
+        WORKING_SEGMENTS + self.pool_share.segments / 16
     }
 
     /// Does a change wait for a segment that the pool does not have?

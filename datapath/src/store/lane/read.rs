@@ -101,7 +101,7 @@ impl Lane {
             let hole = Mapping { place: Place::NONE, crc: 0 };
             let frame = read.frames[(block / LEAF_BLOCKS - first_leaf) as usize];
             let mapping = frame.map_or(hole, |frame| self.map.get(frame, block % LEAF_BLOCKS));
-            if mapping.place == Place::NONE {
+            if !mapping.place.is_on_device() {
                 context.memory.bytes_mut(read.memory.part(offset * BLOCK_BYTES, BLOCK_BYTES)).fill(0);
             }
             read.mappings.push(mapping);
@@ -119,7 +119,7 @@ impl Lane {
         let mut first = 0;
         while first < count {
             let place = self.reads.get(index).mappings[first as usize].place;
-            if place == Place::NONE {
+            if !place.is_on_device() {
                 first += 1;
                 continue;
             }
@@ -161,11 +161,11 @@ impl Lane {
         for mapping in &read.mappings {
             let layout = &self.config.layout;
             let follows = previous.is_some_and(|place| {
-                place != Place::NONE
+                place.is_on_device()
                     && mapping.place == place.plus(1)
                     && layout.segment_of(mapping.place) == layout.segment_of(place)
             });
-            if mapping.place != Place::NONE && !follows {
+            if mapping.place.is_on_device() && !follows {
                 self.segments.end_read(layout.segment_of(mapping.place));
             }
             previous = Some(mapping.place);
@@ -181,6 +181,8 @@ impl Lane {
             for (offset, (block, mapping)) in (0..).zip(blocks.zip(&read.mappings)) {
                 if mapping.place == Place::NONE {
                     holes.mark(offset);
+                } else if mapping.place == Place::LOST {
+                    result = Err(RequestError::Io);
                 } else if crc32c(block) != mapping.crc {
                     self.counters.checksum_errors += 1;
                     result = Err(RequestError::Io);

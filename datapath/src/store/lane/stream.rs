@@ -52,6 +52,13 @@ pub(super) struct Record {
     pub(super) new_blocks: u32,
 }
 
+impl Record {
+    /// How many leaves it changes.
+    pub(super) fn leaf_count(&self) -> u64 {
+        self.frames.iter().flatten().count() as u64
+    }
+}
+
 /// A batch that still takes entries.
 #[derive(Debug)]
 pub(super) struct OpenBatch {

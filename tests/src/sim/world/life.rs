@@ -504,7 +504,8 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
 
     fn tolerance(&self) -> Tolerance {
         Tolerance {
-            io: self.failed(),
+            // Damaged blocks may have been given up when space was short.
+            io: self.failed() || self.world.report.subject.lost_blocks > 0,
             // A block that cannot be read cannot be moved either, so damage takes space away.
             no_space: self.world.setup.may_fill || self.rotten,
             shutting_down: self.stage == Stage::Draining,

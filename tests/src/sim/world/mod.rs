@@ -110,6 +110,7 @@ impl Report {
 impl SubjectCounts {
     fn add(&mut self, other: &SubjectCounts) {
         self.checkpoints += other.checkpoints;
+        self.lost_blocks += other.lost_blocks;
         self.cleaned_segments += other.cleaned_segments;
         self.batches += other.batches;
     }
