@@ -2,6 +2,7 @@
 //! checks of the source tree itself.
 
 pub mod harness;
+pub mod model;
 pub mod power_cut_fs;
 pub mod sim;
 pub mod tidy;

@@ -115,6 +115,9 @@ pub struct Recovered {
     pub segments: SegmentTable,
     /// Batches applied by rolling forward.
     pub batches_rolled_forward: u64,
+    /// Where those of them are that no later batch proves to have been flushed: if they rot now, the next recovery takes
+    /// them for torn.
+    pub unproven: Vec<PlaceRun>,
 }
 
 /// Finds and reads the pool's header.
@@ -169,9 +172,12 @@ pub fn recover_lane(
 
     let mut batches = Vec::new();
     let mut log_ends = [None; LOGGED_STREAMS];
+    let mut unproven = Vec::new();
     for (stream, (cursor, end)) in (0..).zip(root.cursors.iter().zip(&mut log_ends)) {
         let mut walker = Walker::new(reader, layout, &root, stream, *cursor, bugs);
         walker.walk()?;
+        unproven
+            .extend(walker.found.iter().filter(|batch| batch.number > walker.flushed).map(|batch| batch.run));
         let mut accepted = walker.accepted();
         *end = Some(accepted.last().map_or_else(|| cursor.log_end(), |batch| batch.log_end));
         batches.append(&mut accepted);
@@ -184,6 +190,7 @@ pub fn recover_lane(
     recovered.last_number =
         batches.last().map_or(root.last_number, |batch| batch.number.max(root.last_number));
     recovered.batches_rolled_forward = batches.len() as u64;
+    recovered.unproven = unproven;
     recovered.log_ends = log_ends.map(|end| end.filter(|end| !layout.is_anchor(end.next_segment)));
     for end in recovered.log_ends.iter().flatten() {
         reopen_log(&layout, &mut recovered.segments, end);
@@ -294,6 +301,7 @@ fn restore(
         map,
         segments,
         batches_rolled_forward: 0,
+        unproven: Vec::new(),
     }
 }
 
@@ -301,7 +309,8 @@ fn restore(
 struct FoundBatch {
     number: u64,
     segment: SegmentIndex,
-    payload: Place,
+    /// Its descriptor and payload.
+    run: PlaceRun,
     descriptor: Vec<u8>,
     payload_is_good: bool,
     continues: bool,
@@ -384,7 +393,7 @@ impl<'r, R: PoolReader> Walker<'r, R> {
         self.found.push(FoundBatch {
             number: header.number,
             segment,
-            payload: self.layout.place(segment, block).plus(1),
+            run: PlaceRun { place: self.layout.place(segment, block), blocks: descriptor.total_blocks() },
             descriptor: self.bytes[at..at + descriptor.used_bytes()].to_vec(),
             payload_is_good,
             continues: header.continues,
@@ -483,7 +492,7 @@ fn apply_batch(
         for index in 0..entry.count {
             let block = entry.block + index;
             let frame = leaf_at_hand(reader, recovered, volume, block / LEAF_BLOCKS)?;
-            let place = batch.payload.plus(view.payload_index + index);
+            let place = batch.run.place.plus(1 + view.payload_index + index);
             let new = match entry.kind {
                 EntryKind::Data | EntryKind::Move => Mapping { place, crc: view.checksum(index) },
                 EntryKind::Zero | EntryKind::Trim => Mapping { place: Place::NONE, crc: 0 },

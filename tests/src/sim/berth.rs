@@ -1,5 +1,7 @@
 //! Berth's shard as a subject: a pool of one or two lanes on the simulated disk.
 
+use std::ops::Range;
+
 use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::DeviceIndex;
 use datapath::engine::shard::{Shard, ShardPool};
@@ -17,7 +19,9 @@ use datapath::units::{BLOCK_BYTES, BLOCK_BYTES_U64, MemoryRange, Moment};
 use super::disk::Disk;
 use super::memory::SimMemory;
 use super::oracle::Promises;
-use super::subject::{DiskReader, MemoryPlan, Setup, StartError, Subject, SubjectCounts, Survives};
+use super::subject::{
+    DiskReader, MemoryPlan, Setup, StableReader, StartError, Subject, SubjectCounts, Survives,
+};
 
 const SEGMENT_BLOCKS: u32 = 256;
 const MIB: u64 = 1 << 20;
@@ -61,6 +65,17 @@ impl BerthSubject {
             identity: [u8::try_from(index).expect("few volumes"); 16],
             name: volume.name.clone(),
         }
+    }
+}
+
+impl PoolReader for StableReader<'_> {
+    fn len_bytes(&self) -> u64 {
+        self.0.len_bytes()
+    }
+
+    fn read_at(&mut self, offset_bytes: u64, into: &mut [u8]) -> bool {
+        self.0.read_stable(offset_bytes, into);
+        true
     }
 }
 
@@ -187,11 +202,32 @@ impl Subject for BerthSubject {
         Ok(())
     }
 
-    fn may_rot(&self, setup: &Setup, offset_bytes: u64) -> bool {
-        // Three of four roots rotted together are beyond what a pool survives; bits flip in one anchor at most.
+    fn fragile(&self, setup: &Setup, stable: &mut StableReader<'_>) -> Vec<Range<u64>> {
         let layout = Layout::with_segment_blocks([7; 16], setup.disk_bytes, self.lanes, SEGMENT_BLOCKS);
         let layout = layout.expect("the pool is large enough");
         let segment_bytes = u64::from(layout.segment_bytes());
-        !(1..ANCHORS).any(|number| u64::from(layout.anchor(number).0) == offset_bytes / segment_bytes)
+        // Three of four roots rotted together are beyond what a pool survives; bits flip in one anchor at most.
+        let anchors = (1..ANCHORS).map(|number| u64::from(layout.anchor(number).0) * segment_bytes);
+        let mut fragile: Vec<_> = anchors.map(|start| start..start + segment_bytes).collect();
+        for lane in 0..layout.lanes {
+            match recover_lane(stable, layout, lane, self.map_cache_bytes, self.bugs) {
+                // The end of the log, of which nothing on the disk says that it had been flushed, and what comes
+                // behind it.
+                Ok(recovered) => {
+                    let unproven = recovered.unproven.iter().map(|run| (run.place, run.blocks));
+                    let ahead = recovered.log_ends.iter().flatten().flat_map(|end| {
+                        let rest = (layout.place(end.segment, 0).plus(end.block), SEGMENT_BLOCKS - end.block);
+                        [rest, (layout.place(end.next_segment, 0), SEGMENT_BLOCKS)]
+                    });
+                    fragile.extend(unproven.chain(ahead).map(|(place, blocks)| {
+                        let start = place.offset_bytes();
+                        start..start + u64::from(blocks) * BLOCK_BYTES_U64
+                    }));
+                }
+                // Damaged enough already to be refused.
+                Err(_) => fragile.push(0..setup.disk_bytes),
+            }
+        }
+        fragile
     }
 }

@@ -1,5 +1,7 @@
 //! What a simulation is run on: the door between the world and a store with its engine.
 
+use std::ops::Range;
+
 use datapath::engine::ports::{DeviceError, Engine};
 use datapath::units::{MemoryRange, Moment};
 
@@ -58,7 +60,7 @@ pub struct MemoryPlan {
 pub struct Survives {
     /// Device operations that report errors.
     pub errors: bool,
-    /// Flipped bits in pages that five later syncs have followed.
+    /// Flipped bits outside of [`Subject::fragile`].
     pub rot: bool,
     /// Lost and misdirected writes.
     pub lies: bool,
@@ -116,6 +118,10 @@ impl<'a> DiskReader<'a> {
     }
 }
 
+/// What a disk would hold after a loss of power that takes every write with it that no sync has covered.
+#[derive(Debug)]
+pub struct StableReader<'a>(pub &'a Disk);
+
 /// A store and its engine under test.
 pub trait Subject {
     /// What the world drives.
@@ -133,9 +139,10 @@ pub trait Subject {
     /// What it survives.
     fn survives(&self, setup: &Setup) -> Survives;
 
-    /// May a bit of the page at this offset rot? For places whose loss a single copy cannot notice.
-    fn may_rot(&self, _setup: &Setup, _offset_bytes: u64) -> bool {
-        true
+    /// Where bits must not rot now, because a single copy cannot tell that from a write that was never finished: ranges
+    /// of bytes.
+    fn fragile(&self, _setup: &Setup, _stable: &mut StableReader<'_>) -> Vec<Range<u64>> {
+        Vec::new()
     }
 
     /// Creates pool and volumes on an empty disk, with [`Disk::write_now`].

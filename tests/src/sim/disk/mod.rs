@@ -16,7 +16,7 @@
 //! |---|---|
 //! | power cut, kill, reordering, tearing, stalls | every promise of the durability policy |
 //! | a write, read or sync that reports an error | EIO (or a read-only volume) until a restart; nothing that was acknowledged and flushed is lost; after a failed sync what it covered may be |
-//! | a flipped bit in a page that five later syncs have followed | EIO for what it holds, or a refusal to start; never wrong data, and all is well again once the bit is flipped back |
+//! | a flipped bit, but not where the disk itself does not say that the page had been flushed | EIO for what it holds, or a refusal to start; never wrong data, and all is well again once the bit is flipped back |
 //! | a flipped bit in a younger page | *not asked*: the end of a log cannot be told from a torn write until a later synced batch proves that it was once whole |
 //! | a lost or misdirected write | EIO, a refusal to start, or an older value that once was in the same place; never bytes that no client wrote there. More *cannot be asked* of one replica, which has no second witness |
 //! | a kill whose in-flight writes reach the disk after the next start | *not asked*: the pool's lock is held by the file until the kernel has finished them |
@@ -28,6 +28,7 @@ pub use image::Image;
 
 use super::random::Random;
 use datapath::engine::ports::DeviceError;
+use std::ops::Range;
 
 /// Smallest unit that a device writes as a whole.
 pub const SECTOR_BYTES: usize = 512;
@@ -177,6 +178,11 @@ impl Disk {
         Ok(())
     }
 
+    /// Reads what a loss of power would leave if it took every write that no sync has covered.
+    pub fn read_stable(&self, offset_bytes: u64, target: &mut [u8]) {
+        self.stable.read(offset_bytes, target);
+    }
+
     /// Writes at once and for good, as the formatting tool does.
     pub fn write_now(&mut self, offset_bytes: u64, source: &[u8]) {
         self.current.write(offset_bytes, source);
@@ -272,14 +278,14 @@ impl Disk {
         }
     }
 
-    /// Flips up to `count` bits, each in a page old enough for the damage to be provable and accepted by
-    /// `eligible` (which is given the page's first byte). Returns how many were flipped.
-    pub fn flip_bits(&mut self, count: usize, eligible: impl Fn(u64) -> bool) -> usize {
+    /// Flips up to `count` bits, each in a page that became stable some syncs ago and is not in one of the `fragile`
+    /// ranges of bytes. Returns how many were flipped.
+    pub fn flip_bits(&mut self, count: usize, fragile: &[Range<u64>]) -> usize {
         let busy: Vec<(u64, usize)> =
             self.unsynced.iter().map(|record| (record.offset_bytes, record.data.len())).collect();
         let flips = self.rot.choose(&mut self.random, &self.stable, count, |page_start| {
             let page_end = page_start + image::PAGE_BYTES as u64;
-            eligible(page_start)
+            fragile.iter().all(|range| page_end <= range.start || range.end <= page_start)
                 && busy.iter().all(|(start, len)| page_end <= *start || start + *len as u64 <= page_start)
         });
         for (offset_bytes, bit) in &flips {

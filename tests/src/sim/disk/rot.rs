@@ -4,9 +4,8 @@ use super::image::{Image, PAGE_BYTES};
 use crate::sim::random::Random;
 use crate::to_usize;
 
-/// Syncs after which a batch made after the first of them, which states that it had covered the page, is surely stable
-/// itself: batches already on their way when that sync ended say nothing of it.
-const SYNCS_BEFORE_ROT: u32 = 5;
+/// A page rots only when so many syncs have followed the one that made it stable: what belonged before it has come then.
+const SYNCS_BEFORE_ROT: u32 = 2;
 /// Draws that look for a page before giving up.
 const DRAWS_MAX: usize = 200;
 
@@ -45,8 +44,7 @@ impl Rot {
         std::mem::take(&mut self.flips)
     }
 
-    /// Chooses bits in written pages that became stable several syncs ago: by then a later batch that
-    /// says so is stable itself.
+    /// Chooses bits in written pages that became stable some syncs ago.
     pub(super) fn choose(
         &mut self,
         random: &mut Random,

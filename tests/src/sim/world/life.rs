@@ -9,7 +9,7 @@ use crate::sim::disk::Disk;
 use crate::sim::driver::{Driver, Notice, Plan};
 use crate::sim::oracle::Oracle;
 use crate::sim::random::Random;
-use crate::sim::subject::MemoryPlan;
+use crate::sim::subject::{MemoryPlan, StableReader};
 use crate::sim::trace;
 use crate::sim::workload::{Ask, AskKind, Workload};
 
@@ -337,8 +337,8 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
 
     /// Bits flip while the engine runs.
     fn rot(&mut self) {
-        let (subject, setup) = (&*self.world.subject, &self.world.setup);
-        let flipped = self.driver.disk.flip_bits(1, |offset| subject.may_rot(setup, offset));
+        let fragile = self.world.subject.fragile(&self.world.setup, &mut StableReader(&self.driver.disk));
+        let flipped = self.driver.disk.flip_bits(1, &fragile);
         self.world.report.flipped_bits += flipped as u64;
         self.rotten |= flipped > 0;
     }

@@ -15,7 +15,9 @@ use super::memory::SimMemory;
 use super::oracle::{Crash, Oracle};
 use super::random::Random;
 use super::scenario::Slant;
-use super::subject::{DiskReader, Setup, StartError, Subject, SubjectCounts, Survives, VolumeSpec};
+use super::subject::{
+    DiskReader, Setup, StableReader, StartError, Subject, SubjectCounts, Survives, VolumeSpec,
+};
 use super::trace;
 use super::workload::Pattern;
 
@@ -281,9 +283,9 @@ impl<'a, S: Subject> World<'a, S> {
         self.disk().faults = faults;
         if swarm.rot && !last && random.percent(40) {
             let count = crate::to_usize(random.skewed(1..=20));
-            let (subject, setup) = (&*self.subject, &self.setup);
             let disk = self.disk.as_mut().expect("no engine has the disk between lives");
-            let flipped = disk.flip_bits(count, |offset| subject.may_rot(setup, offset));
+            let fragile = self.subject.fragile(&self.setup, &mut StableReader(disk));
+            let flipped = disk.flip_bits(count, &fragile);
             self.report.flipped_bits += flipped as u64;
         }
     }
