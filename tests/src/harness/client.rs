@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use datapath::wire::nbd_handshake::{
     GREETING_BYTES, OPTION_REPLY_HEADER_BYTES, OptionReplyHeader, client_flag, encode_info_query, option,
@@ -14,6 +15,9 @@ use datapath::wire::nbd_transmission::{
 };
 
 use crate::to_usize;
+
+/// A server that owes an answer for so long is stuck.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One connection to one volume, with simple replies.
 #[derive(Debug)]
@@ -45,6 +49,7 @@ impl Client {
     /// If it does not serve the volume, or breaks the protocol.
     pub fn connect(socket: &Path, volume: &str) -> io::Result<Client> {
         let mut socket = UnixStream::connect(socket)?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         socket.read_exact(&mut [0; GREETING_BYTES])?;
         let mut hello = (client_flag::FIXED_NEWSTYLE | client_flag::NO_ZEROES).to_be_bytes().to_vec();
         encode_info_query(&mut hello, option::GO, volume, &[]);
@@ -89,10 +94,13 @@ impl Client {
     /// When the connection is lost.
     ///
     /// # Panics
-    /// If the answer belongs to no request.
+    /// If the answer belongs to no request, or none comes.
     pub fn answer(&mut self) -> io::Result<Answer> {
         let mut bytes = [0; SIMPLE_REPLY_BYTES];
-        self.socket.read_exact(&mut bytes)?;
+        let received = self.socket.read_exact(&mut bytes);
+        let is_late = received.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+        assert!(!is_late, "the server is stuck: no answer within {ANSWER_TIMEOUT:?}");
+        received?;
         let Ok(Some((ReplyHeader::Simple { error, cookie }, _))) =
             ReplyHeader::decode(HeaderStyle::Simple, &bytes)
         else {
