@@ -33,8 +33,8 @@ const BAR_COUNTED: f64 = 1.02;
 /// Measures write amplification, latency while cleaning, and the size of checkpoints.
 #[derive(Clone, Debug, Parser)]
 struct Arguments {
-    /// Size of the pool in MiB.
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(64..))]
+    /// Size of the pool in MiB; in a smaller one 70 % live data do not fit.
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(256..))]
     pool_mib: u64,
     /// Pool sizes to write.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(2..))]
