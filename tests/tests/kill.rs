@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use berth::bench::{self, BenchArgs, BlockRange, Control};
 use system_tests::harness::server::{Options, Server};
-use system_tests::harness::{Scratch, full_tier};
+use system_tests::harness::{Scratch, full_tier, print_figure};
 
 #[test]
 fn nothing_answered_is_lost_by_kill_9() {
@@ -58,4 +58,6 @@ fn nothing_answered_is_lost_by_kill_9() {
     assert!(report.reconnects >= rounds / 4, "{report}");
     assert_eq!(report.errors(), 0, "{report}");
     server.stop();
+    let requests: u64 = report.operations.iter().map(|operation| operation.count).sum();
+    print_figure(&format!("{rounds} kills, {requests} requests, nothing answered lost"));
 }

@@ -1,8 +1,6 @@
 //! The process around the volumes: how it stops, and what it tells.
 
-use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
@@ -11,6 +9,7 @@ use berth::bench::{self, BenchArgs};
 use datapath::wire::nbd_handshake::{GREETING_BYTES, client_flag, encode_info_query, option};
 use datapath::wire::nbd_transmission::{HeaderStyle, RequestHeader, command};
 use system_tests::harness::Scratch;
+use system_tests::harness::metrics::Page;
 use system_tests::harness::server::{Options, Server};
 use system_tests::harness::tools::{run, tool};
 
@@ -105,52 +104,13 @@ fn a_second_sigterm_ends_at_once() {
     assert!(server.wait_at_most(Duration::from_secs(2)).is_some(), "the second signal does not wait");
 }
 
-/// The samples of a page, checked line by line: `name{labels} value`, types before samples, and an end.
-fn scrape(url: &str) -> BTreeMap<String, f64> {
-    let address = url.strip_prefix("http://").and_then(|rest| rest.strip_suffix("/metrics")).expect("a URL");
-    let mut stream = TcpStream::connect(address).expect("the server listens");
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").expect("sent");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (head, page) = answer.split_once("\r\n\r\n").expect("a head and a body");
-    assert!(head.starts_with("HTTP/1.0 200 OK\r\n"), "{head}");
-    assert!(page.ends_with("# EOF\n"), "{page}");
-    let mut families = Vec::new();
-    let mut samples = BTreeMap::new();
-    for line in page.lines().filter(|line| *line != "# EOF") {
-        if let Some(comment) = line.strip_prefix("# ") {
-            let family = comment.split(' ').nth(1).expect("a name").to_owned();
-            families.push(family);
-            continue;
-        }
-        let (name, value) = line.rsplit_once(' ').expect("a value");
-        let plain = name.split('{').next().expect("a name");
-        assert!(families.iter().any(|family| plain.starts_with(family.as_str())), "{line} has no type");
-        assert!(plain.starts_with("berth_") && (!name.contains('{') || name.ends_with('}')), "{line}");
-        let before = samples.insert(name.to_owned(), value.parse().expect("a number"));
-        assert!(before.is_none(), "{name} is there twice");
-    }
-    samples
-}
-
-/// The sum over all labels that contain `part`.
-fn sum(samples: &BTreeMap<String, f64>, name: &str, part: &str) -> f64 {
-    let wanted = samples.iter().filter(|(sample, _)| {
-        let (found, labels) = sample.split_once('{').unwrap_or((sample, ""));
-        found == name && labels.contains(part)
-    });
-    let values: Vec<f64> = wanted.map(|(_, value)| *value).collect();
-    assert!(!values.is_empty(), "no {name} with {part}");
-    values.iter().sum()
-}
-
 #[test]
 fn the_metrics_tell_what_clients_did() {
     let scratch = Scratch::new("metrics");
     let mut options = Options::new(&scratch, 64);
     options.more.push("--metrics=127.0.0.1:0".to_owned());
     let server = Server::start(&options);
-    let before = scrape(server.metrics_url());
+    let before = Page::fetch(server.metrics_url());
     for (name, part) in [
         ("berth_requests_total", ""),
         ("berth_request_bytes_total", ""),
@@ -158,7 +118,7 @@ fn the_metrics_tell_what_clients_did() {
         ("berth_rejections_total", ""),
         ("berth_lane_failed", ""),
     ] {
-        assert!(sum(&before, name, part).abs() < 0.5, "{name}");
+        assert!(before.sum(name, part).abs() < 0.5, "{name}");
     }
     run(tool("qemu-io")
         .args(["-f", "raw", "-c", "write 0 8M", "-c", "read 0 4M", "-c", "discard 0 1M"])
@@ -180,9 +140,9 @@ fn the_metrics_tell_what_clients_did() {
         wrong.read_exact(&mut byte).expect("an answer");
         answer.push(byte[0]);
     }
-    let after = scrape(server.metrics_url());
+    let after = Page::fetch(server.metrics_url());
     let least = |name: &str, part: &str, bound: f64| {
-        let found = sum(&after, name, part);
+        let found = after.sum(name, part);
         assert!(found >= bound, "{name} {part}: {found}");
     };
     least("berth_requests_total", "operation=\"write\"", 1.0);
@@ -203,10 +163,10 @@ fn the_metrics_tell_what_clients_did() {
     least("berth_connections", "", 2.0);
     least("berth_connections_accepted_total", "", 3.0);
     least("berth_rejections_total", "reason=\"range\"", 1.0);
-    let counted = sum(&after, "berth_request_duration_seconds_count", "operation=\"write\"");
+    let counted = after.sum("berth_request_duration_seconds_count", "operation=\"write\"");
     let bucket =
-        sum(&after, "berth_request_duration_seconds_bucket", "le=\"+Inf\",shard=\"0\",operation=\"write\"");
-    let requests = sum(&after, "berth_requests_total", "operation=\"write\"");
+        after.sum("berth_request_duration_seconds_bucket", "le=\"+Inf\",shard=\"0\",operation=\"write\"");
+    let requests = after.sum("berth_requests_total", "operation=\"write\"");
     assert!(
         (counted - bucket).abs() < 0.5 && (counted - requests).abs() < 0.5,
         "{counted} {bucket} {requests}"

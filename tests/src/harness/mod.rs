@@ -1,5 +1,10 @@
 //! Starts the real binary and the real clients, and cleans up after them however a test ends.
 
+pub mod blocks;
+pub mod client;
+pub mod metrics;
+pub mod mounted;
+pub mod postgres;
 pub mod server;
 pub mod tools;
 
@@ -13,6 +18,12 @@ static SCRATCH_NUMBER: AtomicU32 = AtomicU32::new(0);
 #[must_use]
 pub fn full_tier() -> bool {
     std::env::var_os("BERTH_FULL").is_some()
+}
+
+/// Says what a test measured, on a line of its own: `tests/run --full` shows it.
+pub fn print_figure(text: &str) {
+    // The name of the running test may stand before it on the same line.
+    println!("\nfigure: {text}");
 }
 
 /// A test's own folders, removed with it: a large one on the disk of the build, and a short path for sockets.

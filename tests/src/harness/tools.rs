@@ -4,16 +4,21 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 /// Debian packages of the programs that the tests use.
-const PACKAGES: [(&str, &str); 9] = [
+const PACKAGES: [(&str, &str); 14] = [
     ("fio", "fio"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
+    ("nbdfuse", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("cmp", "diffutils"),
     ("setpriv", "util-linux"),
     ("timeout", "coreutils"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("e2fsck", "e2fsprogs"),
+    ("mount", "mount"),
+    ("umount", "mount"),
 ];
 
 /// No program of a test may take longer, in seconds.

@@ -6,8 +6,6 @@
 //! another's job. The result is a table on standard output, and under `target/ratio/` the raw figures and a plot.
 #![expect(clippy::disallowed_methods, reason = "a measuring tool reads the clock and waits for servers")]
 
-mod fio;
-mod machine;
 mod plot;
 mod rows;
 mod servers;
@@ -16,9 +14,10 @@ mod table;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use benches::fio::{Job, Length};
+use benches::machine;
 use clap::Parser;
 
-use crate::fio::Job;
 use crate::rows::{ROWS, Row};
 use crate::servers::Contender;
 use crate::table::{Results, Sample};
@@ -97,6 +96,8 @@ fn measure(arguments: &Arguments) -> Result<(), String> {
     results.write(&arguments.dir)?;
     plot::write(&results, &arguments.dir.join("ratio.svg"))?;
     println!("{}", results.markdown());
+    let (met, all) = results.bars_met();
+    println!("figure: {met} of {all} bars met");
     Ok(())
 }
 
@@ -140,10 +141,17 @@ fn run_one(
     if !arguments.noisy {
         machine::wait_until_quiet()?;
     }
-    let mut job = Job { row, seconds: WARM_UP_SECONDS, size_mib: bench.size_mib, target: server.target() };
+    let mut job = Job {
+        rw: row.rw,
+        block: row.block,
+        depth: row.depth,
+        length: Length::Seconds(WARM_UP_SECONDS),
+        size_mib: bench.size_mib,
+        target: server.target(),
+    };
     // Not counted: whoever used the disk last still has its caches, and a server has just started.
     job.run()?;
-    job.seconds = arguments.seconds;
+    job.length = Length::Seconds(arguments.seconds);
     let machine_before = machine::busy_seconds()?;
     let server_before = server.cpu_seconds()?;
     let output = job.run()?;

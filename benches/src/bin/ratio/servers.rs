@@ -4,12 +4,13 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::fio::{Target, fill};
-use crate::machine::tree_cpu_seconds;
+use benches::fio::{Target, fill};
+use benches::machine::tree_cpu_seconds;
+use benches::process::dying_with_us;
 
 /// Who runs a row. Variants of one program compete among themselves first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -245,13 +246,6 @@ impl Bench {
             }
         })
     }
-}
-
-/// A program that the kernel ends when this one ends, however that happens.
-pub(crate) fn dying_with_us(program: &str) -> Command {
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", program]);
-    command
 }
 
 fn wait_for_socket(socket: &Path, child: &mut Child) -> Result<(), String> {

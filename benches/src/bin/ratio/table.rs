@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use benches::fio::Output;
 use serde_json::{Value, json};
 
-use crate::fio::Output;
 use crate::rows::{Bar, Measure, Row};
 use crate::servers::Contender;
 
@@ -214,6 +214,13 @@ impl Results {
                 Some((format!("server CPU ≤ {most} × {}", qemu.name()), ratio, ratio.median <= most))
             }
         }
+    }
+
+    /// Bars that are met, and bars that were judged.
+    pub(crate) fn bars_met(&self) -> (usize, usize) {
+        let judged = self.rows().flat_map(|row| row.bars.iter().filter_map(|bar| self.judge(row, *bar)));
+        let met: Vec<bool> = judged.map(|(.., met)| met).collect();
+        (met.iter().filter(|met| **met).count(), met.len())
     }
 
     /// The tables for people.

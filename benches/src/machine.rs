@@ -1,4 +1,5 @@
 //! Facts about the machine: who it is, how busy it is, and when it is quiet.
+#![expect(clippy::disallowed_methods, reason = "a measuring tool reads the clock and waits for others")]
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +13,10 @@ const TICKS_PER_SECOND: f64 = 100.0;
 const QUIET_CORES: f64 = 0.05;
 
 /// CPU time that the whole machine spent on anything but idling, interrupts included.
-pub(crate) fn busy_seconds() -> Result<f64, String> {
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn busy_seconds() -> Result<f64, String> {
     let stat = fs::read_to_string("/proc/stat").map_err(|error| format!("/proc/stat: {error}"))?;
     let ticks: Vec<f64> =
         stat.lines().next().unwrap_or("").split_whitespace().skip(1).map_while(|n| n.parse().ok()).collect();
@@ -23,7 +27,10 @@ pub(crate) fn busy_seconds() -> Result<f64, String> {
 }
 
 /// CPU time of a process, its ended and its living descendants.
-pub(crate) fn tree_cpu_seconds(pid: u32) -> Result<f64, String> {
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn tree_cpu_seconds(pid: u32) -> Result<f64, String> {
     let mut parents = Vec::new();
     for entry in fs::read_dir("/proc").map_err(|error| format!("/proc: {error}"))?.flatten() {
         // A process may end while we look; then there is nothing to read, and its parent counts its time.
@@ -56,7 +63,7 @@ pub(crate) fn tree_cpu_seconds(pid: u32) -> Result<f64, String> {
 ///
 /// # Errors
 /// When something still runs after a minute: figures taken then would mean nothing.
-pub(crate) fn wait_until_quiet() -> Result<(), String> {
+pub fn wait_until_quiet() -> Result<(), String> {
     let start = Instant::now();
     loop {
         let (before, moment) = (busy_seconds()?, Instant::now());
@@ -72,7 +79,8 @@ pub(crate) fn wait_until_quiet() -> Result<(), String> {
 }
 
 /// Date, kernel, processor, disk and versions, one per line.
-pub(crate) fn describe(dir: &Path) -> Vec<String> {
+#[must_use]
+pub fn describe(dir: &Path) -> Vec<String> {
     let run = |command: &str| {
         let output = Command::new("sh").args(["-c", command]).output();
         let text = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());

@@ -5,35 +5,58 @@ use std::process::Command;
 
 use serde::Deserialize;
 
-use crate::rows::Row;
+use crate::process::dying_with_us;
 
 /// Where the job's I/O goes.
 #[derive(Clone, Debug)]
-pub(crate) enum Target {
+pub enum Target {
     /// An NBD server, by fio's nbd engine.
     Nbd(String),
     /// A file, by io_uring with O_DIRECT.
     File(PathBuf),
 }
 
-/// One run of fio.
-#[derive(Debug)]
-pub(crate) struct Job<'a> {
-    pub(crate) row: &'a Row,
-    pub(crate) seconds: u32,
-    pub(crate) size_mib: u64,
-    pub(crate) target: Target,
+/// How long a job runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// So many seconds.
+    Seconds(u32),
+    /// Until so many MiB were transferred.
+    Mib(u64),
 }
 
-/// What fio measured, in the direction of the row.
+/// One run of fio.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// Direction and order, as fio names them.
+    pub rw: &'a str,
+    /// Size of a request, as fio takes it.
+    pub block: &'a str,
+    /// Requests in flight.
+    pub depth: u32,
+    /// When it ends.
+    pub length: Length,
+    /// The part of the target that is used, from its start.
+    pub size_mib: u64,
+    /// Where the I/O goes.
+    pub target: Target,
+}
+
+/// What fio measured, in the direction of the job.
 #[derive(Clone, Debug)]
-pub(crate) struct Output {
-    pub(crate) iops: f64,
-    pub(crate) bytes_per_second: f64,
-    pub(crate) ios: u64,
-    pub(crate) p50_us: f64,
-    pub(crate) p99_us: f64,
-    pub(crate) json: String,
+pub struct Output {
+    /// I/Os per second.
+    pub iops: f64,
+    /// Bytes per second.
+    pub bytes_per_second: f64,
+    /// I/Os.
+    pub ios: u64,
+    /// Median latency.
+    pub p50_us: f64,
+    /// Latency that one I/O in a hundred exceeds.
+    pub p99_us: f64,
+    /// fio's own report.
+    pub json: String,
 }
 
 #[derive(Deserialize)]
@@ -70,17 +93,27 @@ struct FioPercentiles {
 }
 
 impl Job<'_> {
-    pub(crate) fn run(&self) -> Result<Output, String> {
+    /// Runs fio.
+    ///
+    /// # Errors
+    /// When it fails, or meets an I/O error.
+    pub fn run(&self) -> Result<Output, String> {
         let mut fio = command(&self.target, self.size_mib);
-        fio.args(["--rw", self.row.rw, "--bs", self.row.block, "--norandommap", "--randrepeat=0"]);
-        fio.arg(format!("--iodepth={}", self.row.depth));
-        fio.args(["--time_based", &format!("--runtime={}", self.seconds)]);
-        run(fio, self.row.rw.ends_with("read"))
+        fio.args(["--rw", self.rw, "--bs", self.block, "--norandommap", "--randrepeat=0"]);
+        fio.arg(format!("--iodepth={}", self.depth));
+        match self.length {
+            Length::Seconds(seconds) => fio.args(["--time_based", &format!("--runtime={seconds}")]),
+            Length::Mib(mib) => fio.arg(format!("--io_size={mib}m")),
+        };
+        run(fio, self.rw.ends_with("read"))
     }
 }
 
 /// Writes the whole volume in order, then as many blocks again at random places, each once.
-pub(crate) fn fill(target: &Target, size_mib: u64) -> Result<(), String> {
+///
+/// # Errors
+/// When fio fails.
+pub fn fill(target: &Target, size_mib: u64) -> Result<(), String> {
     for (rw, block) in [("write", "128k"), ("randwrite", "4k")] {
         let mut fio = command(target, size_mib);
         fio.args(["--rw", rw, "--bs", block, "--iodepth=32"]);
@@ -90,7 +123,7 @@ pub(crate) fn fill(target: &Target, size_mib: u64) -> Result<(), String> {
 }
 
 fn command(target: &Target, size_mib: u64) -> Command {
-    let mut fio = crate::servers::dying_with_us("fio");
+    let mut fio = dying_with_us("fio");
     fio.args(["--name=ratio", "--output-format=json", &format!("--size={size_mib}m")]);
     match target {
         Target::Nbd(uri) => fio.args(["--ioengine=nbd", &format!("--uri={uri}")]),
