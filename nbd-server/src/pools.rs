@@ -162,18 +162,23 @@ pub struct RecoveredPool {
     is_file: bool,
 }
 
-/// Reads a pool's header and recovers its lanes.
+/// Reads a pool's header and recovers its lanes, side by side: a start waits for the slowest, not for the sum.
 ///
 /// # Errors
 /// [`PoolsError::Recovery`].
 pub fn recover_pool(pool: &PoolFile, settings: &LaneSettings) -> Result<RecoveredPool, PoolsError> {
     let recovery = |source| PoolsError::Recovery { path: pool.path().to_owned(), source };
-    let mut reader = Reader(pool);
-    let layout = read_layout(&mut reader).map_err(recovery)?;
+    let layout = read_layout(&mut Reader(pool)).map_err(recovery)?;
     let cache_bytes = settings.map_cache.map_or(MAP_CACHE_BYTES, |size| size.bytes) / u64::from(layout.lanes);
-    let lanes = (0..layout.lanes)
-        .map(|lane| recover_lane(&mut reader, layout, lane, cache_bytes, Bugs::none()).map_err(recovery))
-        .collect::<Result<Vec<_>, _>>()?;
+    let recover = |lane| recover_lane(&mut Reader(pool), layout, lane, cache_bytes, Bugs::none());
+    let lanes = std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            (0..layout.lanes).map(|lane| scope.spawn(move || recover(lane).map_err(recovery))).collect();
+        let joined = threads.into_iter().map(std::thread::ScopedJoinHandle::join);
+        joined
+            .map(|lane| lane.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect::<Result<Vec<_>, _>>()
+    })?;
     Ok(RecoveredPool { layout, lanes, is_file: pool.is_regular_file() })
 }
 

@@ -142,7 +142,7 @@ impl Protocol {
         let version = Version { epoch: head.record.epoch, sequence: previous.sequence + 1 };
         head.last = version;
         head.pending.push(Pending { version, block, acked: Nodes::default() });
-        let filled = head.fill.map_or(Nodes::default(), |fill| Nodes::default().with(fill.member));
+        let filled = head.fill.map_or_else(Nodes::default, |fill| Nodes::default().with(fill.member));
         for to in head.needed(union).union(filled).iter() {
             state.send(Message { to, version, previous, block });
         }

@@ -100,7 +100,7 @@ impl Model for Protocol {
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        vec![State::new()]
+        vec![State::beginning()]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {

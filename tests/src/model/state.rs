@@ -239,7 +239,8 @@ pub struct State {
 
 impl State {
     /// Three empty replicas in sync, node 0 leads the first epoch.
-    pub fn new() -> State {
+    #[must_use]
+    pub fn beginning() -> State {
         let record = Record {
             version: 1,
             epoch: 1,

@@ -454,8 +454,10 @@ impl Lane {
         let coming = u32::try_from(self.zeroing.waiting.len()).expect("a few")
             + u32::from(self.zeroing.current.is_some());
         let stock = self.segments.free_count() + coming;
+        // What must be kept free is of no use to clients: they need more than that.
+        let enough = SEGMENTS_IN_STOCK.max(self.segments_kept(StreamKind::Client) + 2);
         // A lane without volumes writes nothing.
-        if stock < SEGMENTS_IN_STOCK && !self.volumes.is_empty() { SEGMENTS_IN_STOCK } else { 0 }
+        if stock < enough && !self.volumes.is_empty() { SEGMENTS_IN_STOCK } else { 0 }
     }
 
     /// The pool lends a segment; a pristine one is zeroed first.
