@@ -27,7 +27,7 @@ pub const LANES: u32 = 4;
 /// Memory for the requests of one shard's clients.
 const REQUEST_MEMORY_BYTES: u32 = 64 << 20;
 /// Log after which a checkpoint is written: a restart reads less than this, in well under a second.
-const CHECKPOINT_LOG_BYTES: u64 = 512 << 20;
+const CHECKPOINT_LOG_BYTES: u64 = 256 << 20;
 /// Memory for the map unless told otherwise: all of a volume of 4 TiB.
 const MAP_CACHE_BYTES: u64 = 8 << 30;
 

@@ -18,7 +18,7 @@ use system_tests::harness::{Scratch, full_tier, print_figure};
 /// From the start of the process to the answer of the first read.
 const FIRST_READ_MAX: Duration = Duration::from_secs(2);
 /// A lane writes a checkpoint at the latest after so many MiB; this test stops a good part before.
-const CHECKPOINT_MIB: u64 = 512;
+const CHECKPOINT_MIB: u64 = 256;
 const STOP_MIB: u64 = CHECKPOINT_MIB * 7 / 8;
 const BLOCKS_IN_MIB: u64 = 256;
 

@@ -345,6 +345,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         let place = &mut self.connections[id.0 as usize];
         let target = place.expect_open().target;
         let entry = place.outbox.as_mut().expect("a used place has an outbox").entry(target);
+        self.sends_queued += 1;
         let ticket = self.submit(Operation::Send { connection: id }, entry);
         self.connection(id).send = Direction::Busy(ticket);
     }

@@ -33,11 +33,13 @@ pub enum Feature {
     DeferTaskrun,
     /// Waiting for requests does not count as waiting for disks in the machine's statistics.
     NoIowait,
+    /// A wait for several completions that is content with one after a moment.
+    MinimumWait,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Feature; 9] = [
+    pub const ALL: [Feature; 10] = [
         Feature::RegisteredBuffers,
         Feature::RegisteredFiles,
         Feature::SubmitAll,
@@ -47,6 +49,7 @@ impl Feature {
         Feature::MultishotAccept,
         Feature::DeferTaskrun,
         Feature::NoIowait,
+        Feature::MinimumWait,
     ];
 
     /// As printed, and as [`MASK_VARIABLE`] takes it.
@@ -62,6 +65,7 @@ impl Feature {
             Feature::MultishotAccept => "multishot-accept",
             Feature::DeferTaskrun => "defer-taskrun",
             Feature::NoIowait => "no-iowait",
+            Feature::MinimumWait => "minimum-wait",
         }
     }
 
@@ -73,6 +77,7 @@ impl Feature {
             Feature::CooperativeTaskrun | Feature::BufferRing | Feature::MultishotAccept => (5, 19),
             Feature::DeferTaskrun => (6, 1),
             Feature::NoIowait => (6, 15),
+            Feature::MinimumWait => (6, 12),
         }
     }
 }

@@ -203,6 +203,8 @@ pub struct Reactor<E: Engine<Memory = Arena>> {
     completions: Vec<Completion>,
     /// Events that the engine has not seen yet.
     pending: VecDeque<Event>,
+    /// Sends handed over with the next call of the kernel.
+    sends_queued: u32,
     device_operations: u32,
     device_operations_max: u32,
     phase: Phase,
@@ -262,6 +264,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             devices,
             completions: Vec::with_capacity(2 * slots as usize),
             pending: VecDeque::with_capacity(4 * slots as usize),
+            sends_queued: 0,
             device_operations: 0,
             device_operations_max: config.device_operations_max,
             phase: Phase::Running,
@@ -320,7 +323,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             return;
         }
         let wait = self.wait();
-        if let Err(error) = self.ring.enter(wait) {
+        let sends = std::mem::take(&mut self.sends_queued);
+        if let Err(error) = self.ring.enter(wait, sends) {
             self.enter_error = Some(error);
         }
     }
@@ -511,7 +515,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             if left_ns == 0 {
                 break;
             }
-            if let Err(error) = self.ring.enter(Wait::AtMost(left_ns)) {
+            if let Err(error) = self.ring.enter(Wait::AtMost(left_ns), 0) {
                 self.enter_error = Some(error);
             }
             self.ring.reap(&mut self.completions);

@@ -57,6 +57,10 @@ pub(super) enum Wait {
     Forever,
 }
 
+/// How long a send that did not complete at once, because its client does not read, keeps the thread from looking at
+/// other completions.
+const SEND_WAIT_US: u32 = 30;
+
 /// One completion, copied out of the ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Completion {
@@ -126,6 +130,9 @@ impl Ring {
         }
         if io.params().is_feature_no_iowait() {
             features.insert(Feature::NoIowait);
+        }
+        if io.params().is_feature_min_timeout() {
+            features.insert(Feature::MinimumWait);
         }
         // These are found out by the attempt to use them.
         for feature in [
@@ -261,14 +268,17 @@ impl Ring {
             if unsafe { self.io.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            self.enter(Wait::No)?;
+            self.enter(Wait::No, 0)?;
         }
     }
 
     /// Hands over what is queued and waits for a completion as long as `wait` says. Being interrupted, or the
     /// kernel having no memory for a moment, is no error: the caller comes again.
-    pub(super) fn enter(&mut self, wait: Wait) -> io::Result<()> {
-        let (minimum, timeout): (libc::c_uint, _) = match wait {
+    ///
+    /// `sends` of what is queued will most likely complete at once and bring no news: the thread sleeps on until
+    /// something else happens too.
+    pub(super) fn enter(&mut self, wait: Wait, sends: u32) -> io::Result<()> {
+        let (mut minimum, timeout): (libc::c_uint, _) = match wait {
             Wait::No => (0, None),
             Wait::AtMost(ns) => {
                 let subsecond = u32::try_from(ns % 1_000_000_000).expect("below a second");
@@ -279,6 +289,10 @@ impl Ring {
         let mut arguments = types::SubmitArgs::new();
         if let Some(timeout) = &timeout {
             arguments = arguments.timespec(timeout);
+        }
+        if minimum > 0 && sends > 0 && self.features.has(Feature::MinimumWait) {
+            minimum += sends;
+            arguments = arguments.min_wait_usec(SEND_WAIT_US);
         }
         // Deferred work, and completions that overflowed into the kernel's memory, come with GETEVENTS only.
         let mut flags = EnterFlags::EXT_ARG | EnterFlags::GETEVENTS;
