@@ -48,6 +48,9 @@ pub const BYTES_PER_CONNECTION_MAX: u32 = 16 << 20;
 pub const REQUESTS_PER_VOLUME_MAX: u32 = 2048;
 /// Payload bytes of one volume that are being worked on, over all its connections.
 pub const BYTES_PER_VOLUME_MAX: u32 = 48 << 20;
+/// Receive buffers that all connections together keep while they cannot go on. The bytes of further ones are copied out
+/// of the buffer, which goes back to the driver: it has far fewer buffers than there are connections.
+pub const STALLED_BUFFERS_MAX: u32 = 8;
 /// Pieces of memory in one send.
 pub const SEND_PIECES_MAX: usize = 128;
 /// Requests parsed from one connection before the next connection has its turn.

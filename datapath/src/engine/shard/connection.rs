@@ -1,6 +1,7 @@
 //! Connections: from accept to close, and the bytes in between.
 
 use super::Shard;
+use super::input::Input;
 use super::payload::Payload;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
@@ -23,13 +24,6 @@ pub(super) enum Ending {
     Finishing,
     /// The driver was told to close it.
     Closing,
-}
-
-/// Received bytes that were not parsed yet.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Input {
-    pub(super) rest: MemoryRange,
-    buffer: ReceiveBuffer,
 }
 
 /// One connection.
@@ -135,7 +129,7 @@ impl<M: Memory> Shard<M> {
             return if closing { self.drop_payload(id) } else { self.settle(id) };
         }
         assert!(connection.input.is_none(), "one receive at a time");
-        connection.input = Some(Input { rest: memory, buffer });
+        connection.input = Some(Input::received(memory, buffer));
         self.pump(id);
     }
 
@@ -185,35 +179,45 @@ impl<M: Memory> Shard<M> {
 
     /// Parses and starts requests until bytes, limits or the turn's share are used up.
     pub(super) fn pump(&mut self, id: ConnectionId) {
+        let goes_on_soon = self.pump_on(id);
+        if !goes_on_soon {
+            self.rest(id);
+        }
+    }
+
+    /// True if the connection goes on without waiting for anything, as soon as the others had their turn.
+    fn pump_on(&mut self, id: ConnectionId) -> bool {
         let mut budget = REQUESTS_PER_TURN_MAX;
         loop {
             let (opened, draining) = (self.opened, self.draining);
-            let Some(connection) = self.living(id) else { return };
+            let Some(connection) = self.living(id) else { return false };
             if connection.ending != Ending::Not || connection.stalled {
-                return;
+                return false;
             }
             if connection.payload.is_some() {
                 if !self.feed_payload(id) {
-                    return;
+                    return false;
                 }
                 continue;
             }
             if draining {
-                return self.finish(id);
+                self.finish(id);
+                return false;
             }
             if connection.export.is_some() && !opened {
-                return;
+                return false;
             }
             if !self.may_take_request(id) {
-                return self.stall(id);
+                self.stall(id);
+                return false;
             }
             if budget == 0 {
                 self.ready.push_back(id);
-                return;
+                return true;
             }
             budget -= 1;
             if !self.parse(id) {
-                return;
+                return false;
             }
         }
     }
@@ -221,9 +225,7 @@ impl<M: Memory> Shard<M> {
     /// One step of the session. False if it cannot go on now.
     fn parse(&mut self, id: ConnectionId) -> bool {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
-        let empty = MemoryRange::default();
-        let rest = connection.input.map_or(empty, |input| input.rest);
-        let bytes = self.memory.bytes(rest);
+        let bytes = connection.input.as_ref().map_or(&[][..], |input| input.bytes(&self.memory));
         let (session, exports) = (&mut connection.session, &self.exports);
         let before = connection.output.is_empty();
         let (consumed, step) = connection.output.append(|out| session.advance(bytes, exports, out));
@@ -253,20 +255,6 @@ impl<M: Memory> Shard<M> {
                 self.finish(id);
                 false
             }
-        }
-    }
-
-    /// Takes bytes from the front of the input; an empty buffer goes back to the driver.
-    pub(super) fn consume(&mut self, id: ConnectionId, bytes: u32) {
-        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
-        let Some(input) = &mut connection.input else {
-            assert_eq!(bytes, 0);
-            return;
-        };
-        input.rest = input.rest.part(bytes, input.rest.len - bytes);
-        if input.rest.len == 0 {
-            self.effects.push_back(Effect::Recycle { buffer: input.buffer });
-            connection.input = None;
         }
     }
 
@@ -341,13 +329,6 @@ impl<M: Memory> Shard<M> {
             self.drop_payload(id);
         }
         self.effects.push_back(Effect::Close { connection: id });
-    }
-
-    fn drop_input(&mut self, id: ConnectionId) {
-        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a connection");
-        if let Some(input) = connection.input.take() {
-            self.effects.push_back(Effect::Recycle { buffer: input.buffer });
-        }
     }
 
     pub(super) fn expire_handshakes(&mut self) {

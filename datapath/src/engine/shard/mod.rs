@@ -8,6 +8,7 @@
 //! by its number here. Tasks outlive their connection: a write that was taken is finished though nobody hears of it.
 
 mod connection;
+mod input;
 mod payload;
 mod read;
 mod release;
@@ -97,6 +98,12 @@ pub struct Shard<M> {
     rejections: Rejections,
     connections_refused: u64,
     handshakes_timed_out: u64,
+    /// Receive buffers kept by connections that cannot go on.
+    buffers_kept: u32,
+    /// Unparsed bytes of connections that cannot go on, in memory of their own.
+    parked_bytes: u64,
+    /// How often bytes were parked.
+    inputs_parked: u64,
     /// Pages that connections send from, and how many that may be.
     connection_pages: u32,
     connection_pages_max: u32,
@@ -165,6 +172,9 @@ impl<M: Memory> Shard<M> {
             rejections: Rejections::default(),
             connections_refused: 0,
             handshakes_timed_out: 0,
+            buffers_kept: 0,
+            parked_bytes: 0,
+            inputs_parked: 0,
             connection_pages: 0,
             connection_pages_max,
         }
@@ -422,6 +432,9 @@ impl<M: Memory> Engine for Shard<M> {
             rejections,
             connections_refused: self.connections_refused,
             handshakes_timed_out: self.handshakes_timed_out,
+            receive_buffers_kept: self.buffers_kept,
+            parked_bytes: self.parked_bytes,
+            inputs_parked: self.inputs_parked,
             connections: count(self.connections.iter().flatten().count()),
             requests_under_way: count(self.tasks.len()),
             pages_free: self.pages.free_count(),

@@ -5,6 +5,7 @@
 //! numbered or locked before all of a piece is here, so a client that stops sending holds up nobody else.
 
 use super::Shard;
+use super::input::Input;
 use super::task::{PieceKind, Task};
 use super::write::WritePiece;
 use crate::engine::ports::ConnectionId;
@@ -67,7 +68,8 @@ impl<M: Memory> Shard<M> {
     /// The short way: whole blocks, few of them, all here, nothing to wait for.
     fn append_from_buffer(&mut self, id: ConnectionId, task: u32) -> bool {
         let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
-        let Some(input) = connection.input else { return false };
+        // Parked bytes take the long way: the lane copies from the shard's memory only.
+        let Some(&Input::Received { rest, .. }) = connection.input.as_ref() else { return false };
         if self.tasks.get(task).begun_bytes > 0 {
             // An earlier piece was received: the input no longer begins with the request's first byte.
             return false;
@@ -75,7 +77,7 @@ impl<M: Memory> Shard<M> {
         let request = self.tasks.get(task).request;
         let aligned = (request.offset_bytes | request.length_bytes).is_multiple_of(BLOCK_BYTES_U64);
         let short = request.length_bytes < u64::from(EXACT_RECEIVE_BYTES_MIN);
-        if !aligned || !short || u64::from(input.rest.len) < request.length_bytes {
+        if !aligned || !short || u64::from(rest.len) < request.length_bytes {
             return false;
         }
         let length = u32::try_from(request.length_bytes).expect("short");
@@ -91,7 +93,7 @@ impl<M: Memory> Shard<M> {
         };
         let (volume, lane) = (self.volume_of(task), self.lane_of(task));
         let piece = self.begin_piece(task, PieceKind::Write(write));
-        let from = input.rest.part(0, length);
+        let from = rest.part(0, length);
         let range = BlockRange { volume, block, count };
         let done = self.with_lane(lane, |lane, context| lane.write_now(context, piece, range, from, durable));
         if !done {
@@ -136,9 +138,9 @@ impl<M: Memory> Shard<M> {
         let (write, filled) = payload.piece.as_mut().expect("a piece under way");
         let target = write.payload_bytes();
         let mut taken = 0;
-        if let Some(input) = connection.input {
-            taken = input.rest.len.min(target.len - *filled);
-            self.memory.copy(input.rest.part(0, taken), target.part(*filled, taken));
+        if let Some(input) = &connection.input {
+            taken = input.len().min(target.len - *filled);
+            input.copy_front(target.part(*filled, taken), &mut self.memory);
             *filled += taken;
         }
         let rest = target.part(*filled, target.len - *filled);
