@@ -53,7 +53,7 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 10] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 11] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
     ("connections_refused", "Connections refused because there were too many", |shard| {
         shard.counters.refused + shard.report.connections_refused
@@ -66,6 +66,9 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 10] = [
     ("loop_system_calls", "System calls of the event loop", |shard| shard.counters.enters),
     ("receive_buffer_shortages", "Receives that waited for a buffer", |shard| {
         shard.counters.buffer_shortages
+    }),
+    ("connections_put_out", "Connections closed for holding memory that others waited for", |shard| {
+        shard.report.connections_put_out
     }),
     ("inputs_parked", "Times that a stalled connection gave back its receive buffer", |shard| {
         shard.report.inputs_parked

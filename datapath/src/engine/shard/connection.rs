@@ -6,9 +6,8 @@ use super::payload::Payload;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
 use crate::limits::{
-    BYTES_PER_CONNECTION_MAX, BYTES_PER_VOLUME_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS,
-    HANDSHAKES_PER_ADDRESS_MAX, HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX,
-    REQUESTS_PER_VOLUME_MAX,
+    BYTES_PER_CONNECTION_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS, HANDSHAKES_PER_ADDRESS_MAX,
+    HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX, REQUESTS_PER_VOLUME_MAX,
 };
 use crate::memory::Memory;
 use crate::request::ExportIndex;
@@ -43,7 +42,12 @@ pub(super) struct Connection {
     pub(super) output: Output,
     pub(super) ending: Ending,
     pub(super) requests_under_way: u32,
+    /// Memory that its requests and their unsent replies hold.
     pub(super) bytes_under_way: u32,
+    /// Tasks that wait in line for memory or their next turn.
+    pub(super) tasks_waiting: u32,
+    /// When the send under way began.
+    send_began: Moment,
     /// Waits in line for a limit.
     pub(super) stalled: bool,
 }
@@ -78,6 +82,8 @@ impl<M: Memory> Shard<M> {
             ending: Ending::Not,
             requests_under_way: 0,
             bytes_under_way: 0,
+            tasks_waiting: 0,
+            send_began: self.now,
             stalled: false,
         }));
         self.deadlines.push_back((self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.generation));
@@ -156,9 +162,6 @@ impl<M: Memory> Shard<M> {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a send under way");
         for pages in connection.output.finish_send() {
             connection.bytes_under_way -= pages.len;
-            if let Some(export) = connection.export {
-                self.served[export.0 as usize].bytes_under_way -= pages.len;
-            }
             self.pages.release(pages);
         }
         if !good {
@@ -276,12 +279,11 @@ impl<M: Memory> Shard<M> {
     /// May one more request of this connection be worked on?
     fn may_take_request(&self, id: ConnectionId) -> bool {
         let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
-        let volume_has_room = connection.export.is_none_or(|export| {
-            let served = &self.served[export.0 as usize];
-            served.requests_under_way < REQUESTS_PER_VOLUME_MAX
-                && served.bytes_under_way < BYTES_PER_VOLUME_MAX
-        });
+        let volume_has_room = connection
+            .export
+            .is_none_or(|export| self.served[export.0 as usize].requests_under_way < REQUESTS_PER_VOLUME_MAX);
         volume_has_room
+            && connection.tasks_waiting == 0
             && connection.requests_under_way < REQUESTS_PER_CONNECTION_MAX
             && connection.bytes_under_way < BYTES_PER_CONNECTION_MAX
             && !connection.output.is_backlogged()
@@ -319,9 +321,6 @@ impl<M: Memory> Shard<M> {
         let dropped = connection.output.abandon();
         let freed: u32 = dropped.iter().map(|pages| pages.len).sum();
         connection.bytes_under_way -= freed;
-        if let Some(export) = connection.export {
-            self.served[export.0 as usize].bytes_under_way -= freed;
-        }
         dropped.into_iter().for_each(|pages| self.pages.release(pages));
         self.drop_input(id);
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("looked at above");
@@ -354,6 +353,7 @@ impl<M: Memory> Shard<M> {
         while let Some(id) = self.to_send.pop() {
             let Some(connection) = self.connections[id.0 as usize].as_deref_mut() else { continue };
             if connection.ending != Ending::Closing && connection.output.begin_send(&mut self.memory) {
+                connection.send_began = self.now;
                 self.effects.push_back(Effect::Send { connection: id });
             }
         }
@@ -373,11 +373,23 @@ impl<M: Memory> Shard<M> {
 }
 
 impl Connection {
+    /// Since when its client has not taken what is sent, or not sent what it promised.
+    pub(super) fn waits_for_client_since(&self) -> Option<Moment> {
+        let sending = self.output.is_sending().then_some(self.send_began);
+        let receiving = self.payload.as_ref().and_then(Payload::piece_began);
+        sending.into_iter().chain(receiving).min()
+    }
+
+    /// Is memory of its requests coming back soon, because the driver is giving up what it does for it?
+    pub(super) fn is_giving_back(&self) -> bool {
+        self.ending == Ending::Closing && (self.output.is_sending() || self.receiving)
+    }
+
     /// One line for failing tests.
     pub(super) fn describe(&self) -> String {
         format!(
             "connection: export {:?}, input {:?}, payload {:?}, receiving {}, sending {}, output empty {}, {:?}, \
-             requests {}, bytes {}, stalled {}",
+             requests {}, bytes {}, waiting {}, stalled {}, waits for its client since {:?}",
             self.export,
             self.input,
             self.payload,
@@ -387,7 +399,9 @@ impl Connection {
             self.ending,
             self.requests_under_way,
             self.bytes_under_way,
-            self.stalled
+            self.tasks_waiting,
+            self.stalled,
+            self.waits_for_client_since(),
         )
     }
 }
