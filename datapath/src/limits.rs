@@ -46,10 +46,15 @@ pub const REQUESTS_PER_CONNECTION_MAX: u32 = 256;
 pub const BYTES_PER_CONNECTION_MAX: u32 = 16 << 20;
 /// Requests of one volume that are being worked on, over all its connections.
 pub const REQUESTS_PER_VOLUME_MAX: u32 = 2048;
-/// Payload bytes of one volume that are being worked on, over all its connections.
-pub const BYTES_PER_VOLUME_MAX: u32 = 48 << 20;
+/// A client that others wait for has this long to take one send, or to finish one piece of a payload that it began.
+pub const CLIENT_PATIENCE_MS: u64 = 3_000;
+/// Receive buffers that all connections together keep while they cannot go on. The bytes of further ones are copied out
+/// of the buffer, which goes back to the driver: it has far fewer buffers than there are connections.
+pub const STALLED_BUFFERS_MAX: u32 = 8;
 /// Pieces of memory in one send.
 pub const SEND_PIECES_MAX: usize = 128;
+/// A send takes no further piece once it has so many bytes: its end shows that the client reads.
+pub const SEND_BYTES_ENOUGH: u32 = 512 << 10;
 /// Requests parsed from one connection before the next connection has its turn.
 pub const REQUESTS_PER_TURN_MAX: u32 = 64;
 
@@ -64,7 +69,6 @@ const _: () = {
     assert!(HANDSHAKE_GRACE_MS < HANDSHAKE_DEADLINE_MS);
     assert!(HANDSHAKES_PER_ADDRESS_MAX <= HANDSHAKES_UNIX_MAX && HANDSHAKES_UNIX_MAX < CONNECTIONS_MAX);
     assert!(PIECE_BYTES_MAX <= BYTES_PER_CONNECTION_MAX);
-    assert!(BYTES_PER_CONNECTION_MAX <= BYTES_PER_VOLUME_MAX);
     assert!(REQUESTS_PER_CONNECTION_MAX <= REQUESTS_PER_VOLUME_MAX);
     // An option must hold the longest name or query, with room for the fields around it.
     assert!(OPTION_BYTES_MAX as usize >= NBD_STRING_BYTES_MAX + 64);

@@ -53,7 +53,7 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 9] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 11] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
     ("connections_refused", "Connections refused because there were too many", |shard| {
         shard.counters.refused + shard.report.connections_refused
@@ -67,13 +67,25 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 9] = [
     ("receive_buffer_shortages", "Receives that waited for a buffer", |shard| {
         shard.counters.buffer_shortages
     }),
+    ("connections_put_out", "Connections closed for holding memory that others waited for", |shard| {
+        shard.report.connections_put_out
+    }),
+    ("inputs_parked", "Times that a stalled connection gave back its receive buffer", |shard| {
+        shard.report.inputs_parked
+    }),
     ("device_failures", "Device operations that the kernel failed", |shard| shard.counters.device_failures),
     ("device_transfers_in_parts", "Device operations done in parts", |shard| shard.counters.short_transfers),
 ];
 
-const SHARD_GAUGES: [Metric<Snapshot<ShardReport>, u64>; 4] = [
+const SHARD_GAUGES: [Metric<Snapshot<ShardReport>, u64>; 6] = [
     ("connections", "Connections open now", |shard| shard.report.connections.into()),
     ("requests_under_way", "Requests being worked on now", |shard| shard.report.requests_under_way.into()),
+    ("receive_buffers_kept", "Receive buffers of connections that are stalled", |shard| {
+        shard.report.receive_buffers_kept.into()
+    }),
+    ("parked_bytes", "Received bytes of stalled connections outside of receive buffers", |shard| {
+        shard.report.parked_bytes
+    }),
     ("memory_pages", "Pages of 4096 bytes for requests and lanes", |shard| shard.report.pages.into()),
     ("memory_pages_free", "Of these, free now", |shard| shard.report.pages_free.into()),
 ];

@@ -29,6 +29,10 @@ const VOLUME_BYTES: u64 = VOLUME_MIB << 20;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What all attacks together may add to the most memory that an honest client made the server use.
 const GROWTH_KIB_MAX: u64 = 32 << 10;
+/// Hostile clients at once: more than receive buffers, and than requests of 1 MiB that find memory.
+const CROWD: u32 = 200;
+/// However many of them there are, a newcomer with a short request does not wait longer.
+const GREETED_WITHIN: Duration = Duration::from_secs(1);
 const FLAGS: u32 = client_flag::FIXED_NEWSTYLE | client_flag::NO_ZEROES;
 
 type Attack = fn(&Path);
@@ -340,6 +344,59 @@ fn never_reading(socket: &Path) {
     drop(attackers);
 }
 
+/// More clients than the server has receive buffers, that ask for more than it has memory and read nothing. Newcomers
+/// are greeted at once, and once the patience with the others is over, large requests get memory too.
+fn crowd_that_never_reads(socket: &Path) {
+    let attackers: Vec<_> = (0..CROWD)
+        .map(|number| {
+            let mut attacker = Attacker::admitted(socket);
+            // Some hold their memory in a few long replies, the others in many short ones.
+            let length_bytes = if number % 2 == 0 { 1 << 20 } else { 4096 };
+            let read =
+                RequestHeader { flags: 0, command: command::READ, cookie: 7, offset_bytes: 0, length_bytes };
+            let requests = read.encode(HeaderStyle::Simple).as_slice().repeat(20_000);
+            attacker.socket.set_nonblocking(true).expect("a mode");
+            let mut rest = &requests[..];
+            while let Ok(count @ 1..) = attacker.socket.write(rest) {
+                rest = &rest[count..];
+            }
+            attacker
+        })
+        .collect();
+    let start = Instant::now();
+    let mut late = Attacker::admitted(socket);
+    late.assert_in_step();
+    let greeted = start.elapsed();
+    assert!(greeted < GREETED_WITHIN, "a newcomer was greeted and served after {greeted:?}");
+    late.request(command::READ, 0, 0, 1 << 20);
+    assert_eq!(late.error(), 0);
+    late.take(1 << 20);
+    println!("newcomer served after {greeted:?}, with 1 MiB after {:?}", start.elapsed());
+    drop(attackers);
+}
+
+/// Long writes that are begun and never finished, more than the memory for them.
+fn crowd_that_never_finishes(socket: &Path) {
+    let attackers: Vec<_> = (0..CROWD)
+        .map(|_| {
+            let mut attacker = Attacker::admitted(socket);
+            attacker.request(command::WRITE, 0, VOLUME_BYTES / 2, 1 << 20);
+            attacker.say(&[0; 1000]);
+            attacker
+        })
+        .collect();
+    let start = Instant::now();
+    let mut late = Attacker::admitted(socket);
+    late.assert_in_step();
+    let greeted = start.elapsed();
+    assert!(greeted < GREETED_WITHIN, "a newcomer was greeted and served after {greeted:?}");
+    late.request(command::WRITE, 0, 0, 1 << 20);
+    late.say(&vec![0; 1 << 20]);
+    assert_eq!(late.error(), 0);
+    println!("newcomer served after {greeted:?}, its 1 MiB written after {:?}", start.elapsed());
+    drop(attackers);
+}
+
 /// A write whose payload stops in the middle, with the connection left open.
 fn stalled_payloads(socket: &Path) {
     let attackers: Vec<_> = (0..32)
@@ -403,7 +460,7 @@ fn attacks_cost_the_attacker_and_nobody_else() {
     run(&mut fio_verify(&honest, VOLUME_MIB));
     let usual_kib = server.peak_memory_kib();
 
-    let attacks: [(&str, Attack); 15] = [
+    let attacks: [(&str, Attack); 17] = [
         ("leave after every byte", leave_after_every_byte),
         ("unknown client flags", unknown_client_flags),
         ("lying option lengths", lying_option_lengths),
@@ -414,7 +471,9 @@ fn attacks_cost_the_attacker_and_nobody_else() {
         ("requests that are refused", requests_that_are_refused),
         ("huge block status", huge_block_status),
         ("never reading", never_reading),
+        ("a crowd that never reads", crowd_that_never_reads),
         ("stalled payloads", stalled_payloads),
+        ("a crowd that never finishes", crowd_that_never_finishes),
         ("noise", noise),
         ("connection storm", connection_storm),
         ("half-open handshakes", half_open),

@@ -1,6 +1,6 @@
 //! What waits to be sent on a connection: short replies as bytes, and data where the device put it.
 
-use crate::limits::SEND_PIECES_MAX;
+use crate::limits::{SEND_BYTES_ENOUGH, SEND_PIECES_MAX};
 use crate::memory::Memory;
 use crate::units::{BLOCK_BYTES, MemoryRange};
 use std::collections::VecDeque;
@@ -80,14 +80,15 @@ impl Output {
         self.short.len() - self.short_taken > SHORT_BACKLOG_BYTES
     }
 
-    /// Gathers as much as fits into one send. False if there is nothing to send or one is under way.
+    /// Gathers what one send takes: see [`SEND_BYTES_ENOUGH`]. False if there is nothing to send or one is under way.
     pub(super) fn begin_send(&mut self, memory: &mut impl Memory) -> bool {
         if self.sending || self.items.is_empty() {
             return false;
         }
         self.pieces.clear();
         let mut short_used = 0;
-        while self.pieces.len() < SEND_PIECES_MAX {
+        let mut bytes_taken = 0;
+        while self.pieces.len() < SEND_PIECES_MAX && bytes_taken < SEND_BYTES_ENOUGH {
             match self.items.front_mut() {
                 Some(Item::Short(left)) => {
                     let room = self.send_memory.len - short_used;
@@ -109,6 +110,7 @@ impl Output {
                 }
                 Some(Item::Data { bytes, free }) => {
                     self.pieces.push(*bytes);
+                    bytes_taken += bytes.len;
                     self.freed_when_sent.extend(free.take());
                     self.items.pop_front();
                 }

@@ -95,6 +95,14 @@ pub struct ShardReport {
     pub connections_refused: u64,
     /// Connections that did not finish their handshake in time.
     pub handshakes_timed_out: u64,
+    /// Connections closed because others waited for memory that they held and their clients did nothing about.
+    pub connections_put_out: u64,
+    /// Receive buffers that connections keep now although they cannot go on.
+    pub receive_buffers_kept: u32,
+    /// Received bytes that wait in memory of their own now, because their connections cannot go on.
+    pub parked_bytes: u64,
+    /// How often received bytes were moved there.
+    pub inputs_parked: u64,
     /// Connections open now.
     pub connections: u32,
     /// Requests being worked on now.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use datapath::engine::pool_space::PoolSpace;
-use datapath::engine::ports::DeviceIndex;
+use datapath::engine::ports::{DeviceIndex, Engine};
 use datapath::engine::shard::{Shard, ShardPool};
 use datapath::limits::PIECE_BYTES_MAX;
 use datapath::memory::Pages;
@@ -29,6 +29,8 @@ const RECEIVE_BYTES: u32 = 64 << 10;
 const RECEIVE_BUFFERS: u16 = 16;
 /// Memory for requests: little, so that waiting for it is common.
 const REQUEST_BYTES: u32 = 12 << 20;
+/// So little that a few clients can hold all of it. The longest request still fits.
+const HOARDED_REQUEST_BYTES: u32 = 5 << 20;
 
 /// Berth, with a mistake planted or not.
 #[derive(Clone, Debug, Default)]
@@ -111,12 +113,13 @@ impl Subject for BerthSubject {
         self.checkpoint_log_bytes = *random.pick(&[MIB, 4 * MIB, 64 * MIB]);
     }
 
-    fn memory_plan(&self, _setup: &Setup) -> MemoryPlan {
+    fn memory_plan(&self, setup: &Setup) -> MemoryPlan {
         let layout = Layout::with_segment_blocks([0; 16], 64 * MIB, 1, SEGMENT_BLOCKS).expect("a small pool");
         let lane_bytes = self.lanes * Lane::pages_needed(&layout) * BLOCK_BYTES;
         let receive_bytes = RECEIVE_BYTES * u32::from(RECEIVE_BUFFERS);
+        let request_bytes = if setup.slant.hoarding { HOARDED_REQUEST_BYTES } else { REQUEST_BYTES };
         MemoryPlan {
-            total_bytes: receive_bytes + lane_bytes + REQUEST_BYTES,
+            total_bytes: receive_bytes + lane_bytes + request_bytes,
             receive_buffer: MemoryRange { start: 0, len: RECEIVE_BYTES },
             receive_buffer_count: RECEIVE_BUFFERS,
         }
@@ -184,6 +187,9 @@ impl Subject for BerthSubject {
             counts.cleaned_segments += lane.cleaned_segments;
             counts.batches += lane.batches;
         }
+        let report = engine.report();
+        counts.inputs_parked = report.inputs_parked;
+        counts.connections_put_out = report.connections_put_out;
         counts
     }
 

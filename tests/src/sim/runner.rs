@@ -121,7 +121,8 @@ pub fn summary(report: &Report) -> String {
         "{} requests ({} errors deserved), {} MiB written, {} MiB read\n\
          {} lives: {} power cuts, {} kills, {} stops, {} crashes before the first answer, {} refusals\n\
          disk: {} MiB written, {} errors, {} flipped bits, {} blocks given up\n\
-         engine: {} turns, {} batches, {} checkpoints, {} segments cleaned; {} s of virtual time",
+         engine: {} turns, {} batches, {} checkpoints, {} segments cleaned; {} s of virtual time\n\
+         clients: {} stalled ones gave back their receive buffer, {} were put out",
         report.clients.answers,
         report.clients.errors,
         mib(report.clients.written_bytes),
@@ -141,5 +142,7 @@ pub fn summary(report: &Report) -> String {
         report.subject.checkpoints,
         report.subject.cleaned_segments,
         report.virtual_ns / 1_000_000_000,
+        report.subject.inputs_parked,
+        report.subject.connections_put_out,
     )
 }

@@ -11,6 +11,8 @@ pub struct Slant {
     pub restless: bool,
     /// Requests of many pieces.
     pub long_requests: bool,
+    /// More clients than receive buffers, who often read nothing for so long that the others would have to wait.
+    pub hoarding: bool,
 }
 
 /// A slant with a name.
@@ -22,10 +24,11 @@ pub struct Scenario {
     pub slant: Slant,
 }
 
-const PLAIN: Slant = Slant { short_lives: false, fills: false, restless: false, long_requests: false };
+const PLAIN: Slant =
+    Slant { short_lives: false, fills: false, restless: false, long_requests: false, hoarding: false };
 
 /// All scenarios.
-pub const SCENARIOS: [Scenario; 4] = [
+pub const SCENARIOS: [Scenario; 5] = [
     // A pool of 32 MiB lost two segments at each start, until a start found too few for its checkpoint.
     Scenario { name: "short-lives", slant: Slant { short_lives: true, ..PLAIN } },
     Scenario { name: "short-lives-in-a-full-pool", slant: Slant { short_lives: true, fills: true, ..PLAIN } },
@@ -35,6 +38,8 @@ pub const SCENARIOS: [Scenario; 4] = [
         name: "leaving-mid-write",
         slant: Slant { fills: true, restless: true, long_requests: true, ..PLAIN },
     },
+    // Clients at a limit kept their receive buffers, and nobody else was heard.
+    Scenario { name: "hoarding-clients", slant: Slant { hoarding: true, long_requests: true, ..PLAIN } },
 ];
 
 /// The scenario of this name.

@@ -88,6 +88,10 @@ pub struct SubjectCounts {
     pub cleaned_segments: u64,
     /// Batches appended.
     pub batches: u64,
+    /// Receive buffers that stalled connections gave back.
+    pub inputs_parked: u64,
+    /// Connections closed because others waited for their memory.
+    pub connections_put_out: u64,
 }
 
 /// Synchronous reads of the disk, for recovery before there is an engine.

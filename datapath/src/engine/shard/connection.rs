@@ -1,13 +1,13 @@
 //! Connections: from accept to close, and the bytes in between.
 
 use super::Shard;
+use super::input::Input;
 use super::payload::Payload;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
 use crate::limits::{
-    BYTES_PER_CONNECTION_MAX, BYTES_PER_VOLUME_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS,
-    HANDSHAKES_PER_ADDRESS_MAX, HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX,
-    REQUESTS_PER_VOLUME_MAX,
+    BYTES_PER_CONNECTION_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS, HANDSHAKES_PER_ADDRESS_MAX,
+    HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX, REQUESTS_PER_VOLUME_MAX,
 };
 use crate::memory::Memory;
 use crate::request::ExportIndex;
@@ -23,13 +23,6 @@ pub(super) enum Ending {
     Finishing,
     /// The driver was told to close it.
     Closing,
-}
-
-/// Received bytes that were not parsed yet.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Input {
-    pub(super) rest: MemoryRange,
-    buffer: ReceiveBuffer,
 }
 
 /// One connection.
@@ -49,7 +42,12 @@ pub(super) struct Connection {
     pub(super) output: Output,
     pub(super) ending: Ending,
     pub(super) requests_under_way: u32,
+    /// Memory that its requests and their unsent replies hold.
     pub(super) bytes_under_way: u32,
+    /// Tasks that wait in line for memory or their next turn.
+    pub(super) tasks_waiting: u32,
+    /// When the send under way began.
+    send_began: Moment,
     /// Waits in line for a limit.
     pub(super) stalled: bool,
 }
@@ -84,6 +82,8 @@ impl<M: Memory> Shard<M> {
             ending: Ending::Not,
             requests_under_way: 0,
             bytes_under_way: 0,
+            tasks_waiting: 0,
+            send_began: self.now,
             stalled: false,
         }));
         self.deadlines.push_back((self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.generation));
@@ -135,7 +135,7 @@ impl<M: Memory> Shard<M> {
             return if closing { self.drop_payload(id) } else { self.settle(id) };
         }
         assert!(connection.input.is_none(), "one receive at a time");
-        connection.input = Some(Input { rest: memory, buffer });
+        connection.input = Some(Input::received(memory, buffer));
         self.pump(id);
     }
 
@@ -162,9 +162,6 @@ impl<M: Memory> Shard<M> {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a send under way");
         for pages in connection.output.finish_send() {
             connection.bytes_under_way -= pages.len;
-            if let Some(export) = connection.export {
-                self.served[export.0 as usize].bytes_under_way -= pages.len;
-            }
             self.pages.release(pages);
         }
         if !good {
@@ -185,35 +182,45 @@ impl<M: Memory> Shard<M> {
 
     /// Parses and starts requests until bytes, limits or the turn's share are used up.
     pub(super) fn pump(&mut self, id: ConnectionId) {
+        let goes_on_soon = self.pump_on(id);
+        if !goes_on_soon {
+            self.rest(id);
+        }
+    }
+
+    /// True if the connection goes on without waiting for anything, as soon as the others had their turn.
+    fn pump_on(&mut self, id: ConnectionId) -> bool {
         let mut budget = REQUESTS_PER_TURN_MAX;
         loop {
             let (opened, draining) = (self.opened, self.draining);
-            let Some(connection) = self.living(id) else { return };
+            let Some(connection) = self.living(id) else { return false };
             if connection.ending != Ending::Not || connection.stalled {
-                return;
+                return false;
             }
             if connection.payload.is_some() {
                 if !self.feed_payload(id) {
-                    return;
+                    return false;
                 }
                 continue;
             }
             if draining {
-                return self.finish(id);
+                self.finish(id);
+                return false;
             }
             if connection.export.is_some() && !opened {
-                return;
+                return false;
             }
             if !self.may_take_request(id) {
-                return self.stall(id);
+                self.stall(id);
+                return false;
             }
             if budget == 0 {
                 self.ready.push_back(id);
-                return;
+                return true;
             }
             budget -= 1;
             if !self.parse(id) {
-                return;
+                return false;
             }
         }
     }
@@ -221,9 +228,7 @@ impl<M: Memory> Shard<M> {
     /// One step of the session. False if it cannot go on now.
     fn parse(&mut self, id: ConnectionId) -> bool {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
-        let empty = MemoryRange::default();
-        let rest = connection.input.map_or(empty, |input| input.rest);
-        let bytes = self.memory.bytes(rest);
+        let bytes = connection.input.as_ref().map_or(&[][..], |input| input.bytes(&self.memory));
         let (session, exports) = (&mut connection.session, &self.exports);
         let before = connection.output.is_empty();
         let (consumed, step) = connection.output.append(|out| session.advance(bytes, exports, out));
@@ -256,20 +261,6 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    /// Takes bytes from the front of the input; an empty buffer goes back to the driver.
-    pub(super) fn consume(&mut self, id: ConnectionId, bytes: u32) {
-        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
-        let Some(input) = &mut connection.input else {
-            assert_eq!(bytes, 0);
-            return;
-        };
-        input.rest = input.rest.part(bytes, input.rest.len - bytes);
-        if input.rest.len == 0 {
-            self.effects.push_back(Effect::Recycle { buffer: input.buffer });
-            connection.input = None;
-        }
-    }
-
     pub(super) fn receive(&mut self, id: ConnectionId) {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
         if !connection.receiving {
@@ -288,12 +279,11 @@ impl<M: Memory> Shard<M> {
     /// May one more request of this connection be worked on?
     fn may_take_request(&self, id: ConnectionId) -> bool {
         let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
-        let volume_has_room = connection.export.is_none_or(|export| {
-            let served = &self.served[export.0 as usize];
-            served.requests_under_way < REQUESTS_PER_VOLUME_MAX
-                && served.bytes_under_way < BYTES_PER_VOLUME_MAX
-        });
+        let volume_has_room = connection
+            .export
+            .is_none_or(|export| self.served[export.0 as usize].requests_under_way < REQUESTS_PER_VOLUME_MAX);
         volume_has_room
+            && connection.tasks_waiting == 0
             && connection.requests_under_way < REQUESTS_PER_CONNECTION_MAX
             && connection.bytes_under_way < BYTES_PER_CONNECTION_MAX
             && !connection.output.is_backlogged()
@@ -331,9 +321,6 @@ impl<M: Memory> Shard<M> {
         let dropped = connection.output.abandon();
         let freed: u32 = dropped.iter().map(|pages| pages.len).sum();
         connection.bytes_under_way -= freed;
-        if let Some(export) = connection.export {
-            self.served[export.0 as usize].bytes_under_way -= freed;
-        }
         dropped.into_iter().for_each(|pages| self.pages.release(pages));
         self.drop_input(id);
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("looked at above");
@@ -341,13 +328,6 @@ impl<M: Memory> Shard<M> {
             self.drop_payload(id);
         }
         self.effects.push_back(Effect::Close { connection: id });
-    }
-
-    fn drop_input(&mut self, id: ConnectionId) {
-        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a connection");
-        if let Some(input) = connection.input.take() {
-            self.effects.push_back(Effect::Recycle { buffer: input.buffer });
-        }
     }
 
     pub(super) fn expire_handshakes(&mut self) {
@@ -373,6 +353,7 @@ impl<M: Memory> Shard<M> {
         while let Some(id) = self.to_send.pop() {
             let Some(connection) = self.connections[id.0 as usize].as_deref_mut() else { continue };
             if connection.ending != Ending::Closing && connection.output.begin_send(&mut self.memory) {
+                connection.send_began = self.now;
                 self.effects.push_back(Effect::Send { connection: id });
             }
         }
@@ -392,11 +373,23 @@ impl<M: Memory> Shard<M> {
 }
 
 impl Connection {
+    /// Since when its client has not taken what is sent, or not sent what it promised.
+    pub(super) fn waits_for_client_since(&self) -> Option<Moment> {
+        let sending = self.output.is_sending().then_some(self.send_began);
+        let receiving = self.payload.as_ref().and_then(Payload::piece_began);
+        sending.into_iter().chain(receiving).min()
+    }
+
+    /// Is memory of its requests coming back soon, because the driver is giving up what it does for it?
+    pub(super) fn is_giving_back(&self) -> bool {
+        self.ending == Ending::Closing && (self.output.is_sending() || self.receiving)
+    }
+
     /// One line for failing tests.
     pub(super) fn describe(&self) -> String {
         format!(
             "connection: export {:?}, input {:?}, payload {:?}, receiving {}, sending {}, output empty {}, {:?}, \
-             requests {}, bytes {}, stalled {}",
+             requests {}, bytes {}, waiting {}, stalled {}, waits for its client since {:?}",
             self.export,
             self.input,
             self.payload,
@@ -406,7 +399,9 @@ impl Connection {
             self.ending,
             self.requests_under_way,
             self.bytes_under_way,
-            self.stalled
+            self.tasks_waiting,
+            self.stalled,
+            self.waits_for_client_since(),
         )
     }
 }

@@ -8,9 +8,11 @@
 //! by its number here. Tasks outlive their connection: a write that was taken is finished though nobody hears of it.
 
 mod connection;
+mod input;
 mod payload;
 mod read;
 mod release;
+mod share;
 mod status;
 mod task;
 mod write;
@@ -27,6 +29,7 @@ use crate::store::lane::{Context, DiskEffect, DiskToken, Lane, PoolShare};
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 use connection::Connection;
+use share::{Hunger, PAGES_KEPT};
 use std::collections::VecDeque;
 use task::{Piece, Task};
 
@@ -46,6 +49,8 @@ struct ShardLane {
     lane: Lane,
     pool: usize,
     device: DeviceIndex,
+    /// Pages of writes that it has, or will have when their payload is here.
+    write_pages: u32,
 }
 
 #[derive(Debug)]
@@ -55,7 +60,6 @@ struct Served {
     volume: u32,
     locks: RegionLocks,
     requests_under_way: u32,
-    bytes_under_way: u32,
 }
 
 /// See the module's text.
@@ -97,15 +101,22 @@ pub struct Shard<M> {
     rejections: Rejections,
     connections_refused: u64,
     handshakes_timed_out: u64,
+    /// Receive buffers kept by connections that cannot go on.
+    buffers_kept: u32,
+    /// Unparsed bytes of connections that cannot go on, in memory of their own.
+    parked_bytes: u64,
+    /// How often bytes were parked.
+    inputs_parked: u64,
     /// Pages that connections send from, and how many that may be.
     connection_pages: u32,
     connection_pages_max: u32,
+    /// What all requests together may hold.
+    request_pages: u32,
+    hunger: Hunger,
 }
 
 /// One in so many pages is for connections: requests leave these alone, and connections take no more.
 const CONNECTION_PAGES_SHARE: u32 = 4;
-/// Pages that requests leave free besides, for the lanes.
-const PAGES_KEPT: u32 = 16;
 /// Rounds of lanes and waiting requests in one turn, before the driver's events are looked at again.
 const ROUNDS_PER_TURN_MAX: u32 = 4;
 
@@ -128,15 +139,15 @@ impl<M: Memory> Shard<M> {
                         volume,
                         locks: RegionLocks::default(),
                         requests_under_way: 0,
-                        bytes_under_way: 0,
                     });
                 }
-                lanes.push(ShardLane { lane, pool: spaces.len(), device: pool.device });
+                lanes.push(ShardLane { lane, pool: spaces.len(), device: pool.device, write_pages: 0 });
             }
             spaces.push(pool.space);
         }
         assert!(lanes.len() < 256, "tokens have room for 255 lanes");
         let connection_pages_max = pages.free_count() / CONNECTION_PAGES_SHARE;
+        let request_pages = pages.free_count().saturating_sub(connection_pages_max + PAGES_KEPT);
         Shard {
             now: Moment::default(),
             memory,
@@ -165,8 +176,13 @@ impl<M: Memory> Shard<M> {
             rejections: Rejections::default(),
             connections_refused: 0,
             handshakes_timed_out: 0,
+            buffers_kept: 0,
+            parked_bytes: 0,
+            inputs_parked: 0,
             connection_pages: 0,
             connection_pages_max,
+            request_pages,
+            hunger: Hunger::default(),
         }
     }
 
@@ -179,15 +195,6 @@ impl<M: Memory> Shard<M> {
     fn with_lane<R>(&mut self, lane: usize, work: impl FnOnce(&mut Lane, &mut Context<'_, M>) -> R) -> R {
         let mut context = Context { memory: &mut self.memory, pages: &mut self.pages };
         work(&mut self.lanes[lane].lane, &mut context)
-    }
-
-    /// Memory for a client's request, if enough is left for what must go on.
-    fn allocate(&mut self, pages: u32) -> Option<MemoryRange> {
-        let for_connections = self.connection_pages_max - self.connection_pages;
-        if self.pages.free_count() < pages + for_connections + PAGES_KEPT {
-            return None;
-        }
-        self.pages.allocate(pages)
     }
 
     /// Gives lanes and waiting requests their turn, until there is nothing more that one does for the other. False
@@ -303,7 +310,7 @@ impl<M: Memory> Shard<M> {
     fn resume(&mut self) {
         for _ in 0..self.waiting_tasks.len() {
             let task = self.waiting_tasks.pop_front().expect("counted");
-            self.tasks.get_mut(task).waiting = false;
+            self.end_wait(task);
             self.advance_task(task);
         }
         for _ in 0..self.stalled.len() {
@@ -351,7 +358,9 @@ impl<M: Memory> Engine for Shard<M> {
     fn finish_turn(&mut self, now: Moment) {
         self.now = now;
         self.expire_handshakes();
+        self.hunger.begin_turn();
         self.settled_turn = self.run_turn();
+        self.relieve_hunger();
         self.finish_drain();
         for lane in 0..self.lanes.len() {
             self.take_effects(lane);
@@ -370,7 +379,8 @@ impl<M: Memory> Engine for Shard<M> {
         if busy {
             return Some(self.now);
         }
-        self.deadlines.front().map(|(moment, ..)| *moment)
+        let handshake = self.deadlines.front().map(|(moment, ..)| *moment);
+        handshake.into_iter().chain(self.hunger.look_again_at()).min()
     }
 
     fn memory(&mut self) -> &mut M {
@@ -422,6 +432,10 @@ impl<M: Memory> Engine for Shard<M> {
             rejections,
             connections_refused: self.connections_refused,
             handshakes_timed_out: self.handshakes_timed_out,
+            connections_put_out: self.hunger.put_out,
+            receive_buffers_kept: self.buffers_kept,
+            parked_bytes: self.parked_bytes,
+            inputs_parked: self.inputs_parked,
             connections: count(self.connections.iter().flatten().count()),
             requests_under_way: count(self.tasks.len()),
             pages_free: self.pages.free_count(),

@@ -5,14 +5,16 @@
 //! numbered or locked before all of a piece is here, so a client that stops sending holds up nobody else.
 
 use super::Shard;
+use super::input::Input;
+use super::share::Purpose;
 use super::task::{PieceKind, Task};
 use super::write::WritePiece;
 use crate::engine::ports::ConnectionId;
-use crate::limits::{BYTES_PER_CONNECTION_MAX, EXACT_RECEIVE_BYTES_MIN, PIECE_BYTES_MAX};
+use crate::limits::{EXACT_RECEIVE_BYTES_MIN, PIECE_BYTES_MAX};
 use crate::memory::Memory;
 use crate::request::Operation;
 use crate::store::lane::BlockRange;
-use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, MemoryRange};
+use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, MemoryRange, Moment};
 
 /// A payload under way.
 #[derive(Clone, Copy, Debug)]
@@ -20,12 +22,20 @@ pub(super) struct Payload {
     pub(super) task: u32,
     /// The piece being received: what it is, and how much of it has come.
     piece: Option<(WritePiece, u32)>,
+    piece_began: Moment,
+}
+
+impl Payload {
+    /// When the piece that is being received was begun.
+    pub(super) fn piece_began(&self) -> Option<Moment> {
+        self.piece.is_some().then_some(self.piece_began)
+    }
 }
 
 impl<M: Memory> Shard<M> {
     pub(super) fn begin_payload(&mut self, id: ConnectionId, task: u32) {
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
-        connection.payload = Some(Payload { task, piece: None });
+        connection.payload = Some(Payload { task, piece: None, piece_began: self.now });
     }
 
     /// Is the task's payload still being received? Also while its connection is being closed: the kernel may still
@@ -67,7 +77,8 @@ impl<M: Memory> Shard<M> {
     /// The short way: whole blocks, few of them, all here, nothing to wait for.
     fn append_from_buffer(&mut self, id: ConnectionId, task: u32) -> bool {
         let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
-        let Some(input) = connection.input else { return false };
+        // Parked bytes take the long way: the lane copies from the shard's memory only.
+        let Some(&Input::Received { rest, .. }) = connection.input.as_ref() else { return false };
         if self.tasks.get(task).begun_bytes > 0 {
             // An earlier piece was received: the input no longer begins with the request's first byte.
             return false;
@@ -75,7 +86,7 @@ impl<M: Memory> Shard<M> {
         let request = self.tasks.get(task).request;
         let aligned = (request.offset_bytes | request.length_bytes).is_multiple_of(BLOCK_BYTES_U64);
         let short = request.length_bytes < u64::from(EXACT_RECEIVE_BYTES_MIN);
-        if !aligned || !short || u64::from(input.rest.len) < request.length_bytes {
+        if !aligned || !short || u64::from(rest.len) < request.length_bytes {
             return false;
         }
         let length = u32::try_from(request.length_bytes).expect("short");
@@ -91,7 +102,7 @@ impl<M: Memory> Shard<M> {
         };
         let (volume, lane) = (self.volume_of(task), self.lane_of(task));
         let piece = self.begin_piece(task, PieceKind::Write(write));
-        let from = input.rest.part(0, length);
+        let from = rest.part(0, length);
         let range = BlockRange { volume, block, count };
         let done = self.with_lane(lane, |lane, context| lane.write_now(context, piece, range, from, durable));
         if !done {
@@ -114,18 +125,14 @@ impl<M: Memory> Shard<M> {
         let stop = end.min((start / piece_bytes + 1) * piece_bytes);
         let length = u32::try_from(stop - start).expect("at most a piece");
         let mut write = WritePiece::covering(start, length);
-        let held = self.connections[id.0 as usize].as_deref().expect("a living connection").bytes_under_way;
-        let over = held > 0 && held + write.memory_pages() * BLOCK_BYTES > BYTES_PER_CONNECTION_MAX;
-        let memory = if over { None } else { self.allocate(write.memory_pages()) };
-        let Some(memory) = memory else {
+        let Some(memory) = self.allocate(task, write.memory_pages(), Purpose::Write) else {
             self.stall(id);
             return false;
         };
-        self.hold_memory(task, memory.len);
         write.give_memory(memory);
         self.tasks.get_mut(task).begun_bytes += u64::from(length);
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
-        connection.payload = Some(Payload { task, piece: Some((write, 0)) });
+        connection.payload = Some(Payload { task, piece: Some((write, 0)), piece_began: self.now });
         true
     }
 
@@ -136,9 +143,9 @@ impl<M: Memory> Shard<M> {
         let (write, filled) = payload.piece.as_mut().expect("a piece under way");
         let target = write.payload_bytes();
         let mut taken = 0;
-        if let Some(input) = connection.input {
-            taken = input.rest.len.min(target.len - *filled);
-            self.memory.copy(input.rest.part(0, taken), target.part(*filled, taken));
+        if let Some(input) = &connection.input {
+            taken = input.len().min(target.len - *filled);
+            input.copy_front(target.part(*filled, taken), &mut self.memory);
             *filled += taken;
         }
         let rest = target.part(*filled, target.len - *filled);
@@ -174,8 +181,7 @@ impl<M: Memory> Shard<M> {
         let Some(payload) = connection.payload.take() else { return };
         if let Some((write, _)) = payload.piece {
             let memory = write.memory();
-            self.drop_memory(payload.task, memory.len);
-            self.pages.release(memory);
+            self.give_back(payload.task, memory, Purpose::Write);
         }
         let state = self.tasks.get_mut(payload.task);
         state.begun_bytes = state.request.length_bytes;

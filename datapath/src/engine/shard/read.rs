@@ -4,6 +4,7 @@
 //! before the data and both are sent as one run. A hole's own memory takes the headers around it.
 
 use super::Shard;
+use super::share::Purpose;
 use super::task::{PIECES_PER_TASK_MAX, PieceKind, ReadPiece};
 use crate::limits::PIECE_BYTES_MAX;
 use crate::memory::Memory;
@@ -33,6 +34,12 @@ fn blocks_of(offset_bytes: u64, length_bytes: u32) -> (u32, u32) {
 
 impl<M: Memory> Shard<M> {
     pub(super) fn advance_read(&mut self, task: u32) {
+        if self.connection_of(task).is_none() {
+            // Nobody waits for it.
+            let state = self.tasks.get_mut(task);
+            state.begun_bytes = state.request.length_bytes;
+            return;
+        }
         if !self.reserve_gathered(task) {
             return self.wait_task(task);
         }
@@ -47,8 +54,9 @@ impl<M: Memory> Shard<M> {
             let memory = match self.tasks.get_mut(task).reserved.pop() {
                 Some(memory) => memory,
                 None => {
-                    let Some(memory) = self.allocate(count + 1) else { return self.wait_task(task) };
-                    self.hold_memory(task, memory.len);
+                    let Some(memory) = self.allocate(task, count + 1, Purpose::Read) else {
+                        return self.wait_task(task);
+                    };
                     memory
                 }
             };
@@ -79,19 +87,9 @@ impl<M: Memory> Shard<M> {
             sizes.push(blocks_of(offset_bytes, length_bytes).1 + 1);
             begun += u64::from(length_bytes);
         }
-        let mut reserved = Vec::new();
-        for pages in sizes.into_iter().rev() {
-            match self.allocate(pages) {
-                Some(memory) => reserved.push(memory),
-                None => {
-                    reserved.into_iter().for_each(|memory| self.pages.release(memory));
-                    return false;
-                }
-            }
-        }
-        let bytes = reserved.iter().map(|memory| memory.len).sum();
+        sizes.reverse();
+        let Some(reserved) = self.allocate_all(task, &sizes, Purpose::Read) else { return false };
         self.tasks.get_mut(task).reserved = reserved;
-        self.hold_memory(task, bytes);
         true
     }
 
@@ -106,8 +104,7 @@ impl<M: Memory> Shard<M> {
     pub(super) fn finish_read_piece(&mut self, task: u32, read: ReadPiece, holes: HoleMap) {
         let alive = self.connection_of(task).is_some();
         if !alive || self.tasks.get(task).error.is_some() {
-            self.drop_memory(task, read.memory.len);
-            self.pages.release(read.memory);
+            self.give_back(task, read.memory, Purpose::Read);
             // Nobody waits for the rest.
             let state = self.tasks.get_mut(task);
             state.begun_bytes = state.request.length_bytes;
@@ -180,8 +177,7 @@ impl<M: Memory> Shard<M> {
         let gathered = std::mem::take(&mut state.gathered).into_iter().map(|piece| piece.memory);
         let pages: Vec<MemoryRange> = gathered.chain(std::mem::take(&mut state.reserved)).collect();
         for memory in pages {
-            self.drop_memory(task, memory.len);
-            self.pages.release(memory);
+            self.give_back(task, memory, Purpose::Read);
         }
     }
 }

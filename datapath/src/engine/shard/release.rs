@@ -1,6 +1,7 @@
 //! TRIM and WRITE_ZEROES: descriptors where whole blocks are concerned, writes at the edges.
 
 use super::Shard;
+use super::share::Purpose;
 use super::task::{PIECES_PER_TASK_MAX, PieceKind};
 use super::write::WritePiece;
 use crate::engine::region_locks::RegionClaim;
@@ -101,8 +102,7 @@ impl<M: Memory> Shard<M> {
     fn begin_zero_piece(&mut self, task: u32, start: u64, stop: u64) -> bool {
         let length = u32::try_from(stop - start).expect("at most a piece");
         let mut write = WritePiece::covering(start, length);
-        let Some(memory) = self.allocate(write.memory_pages()) else { return false };
-        self.hold_memory(task, memory.len);
+        let Some(memory) = self.allocate(task, write.memory_pages(), Purpose::Write) else { return false };
         write.give_memory(memory);
         self.memory.bytes_mut(memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES)).fill(0);
         self.tasks.get_mut(task).begun_bytes += u64::from(length);

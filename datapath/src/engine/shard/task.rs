@@ -1,6 +1,7 @@
 //! Tasks and pieces: requests under way and what lanes do for them.
 
 use super::Shard;
+use super::connection::Connection;
 use super::write::WritePiece;
 use crate::engine::ports::ConnectionId;
 use crate::engine::region_locks::RegionClaim;
@@ -132,7 +133,26 @@ impl<M: Memory> Shard<M> {
     pub(super) fn wait_task(&mut self, task: u32) {
         if !std::mem::replace(&mut self.tasks.get_mut(task).waiting, true) {
             self.waiting_tasks.push_back(task);
+            if let Some(connection) = self.any_connection_of(task) {
+                connection.tasks_waiting += 1;
+            }
         }
+    }
+
+    /// The task's turn has come.
+    pub(super) fn end_wait(&mut self, task: u32) {
+        self.tasks.get_mut(task).waiting = false;
+        if let Some(connection) = self.any_connection_of(task) {
+            connection.tasks_waiting -= 1;
+        }
+    }
+
+    /// The task's connection, even if it is being closed.
+    pub(super) fn any_connection_of(&mut self, task: u32) -> Option<&mut Connection> {
+        let Task { connection: id, generation, .. } = *self.tasks.get(task);
+        self.connections[id.0 as usize]
+            .as_deref_mut()
+            .filter(|connection| connection.generation == generation)
     }
 
     pub(super) fn lane_of(&self, task: u32) -> usize {
@@ -278,30 +298,6 @@ impl<M: Memory> Shard<M> {
             PieceKind::Write(_) => self.start_write(piece),
             PieceKind::Release(claim) => self.start_release(piece, claim),
             PieceKind::Read(_) | PieceKind::Plain => unreachable!("only changes take locks"),
-        }
-    }
-
-    /// Accounts for memory that a request of the connection holds.
-    pub(super) fn hold_memory(&mut self, task: u32, bytes: u32) {
-        let export = self.tasks.get(task).export as usize;
-        self.served[export].bytes_under_way += bytes;
-        let Task { connection, generation, .. } = *self.tasks.get(task);
-        if let Some(connection) = self.connections[connection.0 as usize].as_deref_mut()
-            && connection.generation == generation
-        {
-            connection.bytes_under_way += bytes;
-        }
-    }
-
-    /// Ends the accounting of [`Self::hold_memory`].
-    pub(super) fn drop_memory(&mut self, task: u32, bytes: u32) {
-        let export = self.tasks.get(task).export as usize;
-        self.served[export].bytes_under_way -= bytes;
-        let Task { connection, generation, .. } = *self.tasks.get(task);
-        if let Some(connection) = self.connections[connection.0 as usize].as_deref_mut()
-            && connection.generation == generation
-        {
-            connection.bytes_under_way -= bytes;
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::Shard;
 use super::payload::payload_bytes;
+use super::share::Purpose;
 use super::task::PieceKind;
 use crate::engine::region_locks::RegionClaim;
 use crate::memory::Memory;
@@ -154,8 +155,7 @@ impl<M: Memory> Shard<M> {
                 false
             }
             Stage::Edges { .. } if result.is_err() || self.tasks.get(task).error.is_some() => {
-                self.drop_memory(task, write.memory.len);
-                self.pages.release(write.memory);
+                self.give_back(task, write.memory, Purpose::Write);
                 self.unlock(self.tasks.get(task).export, write.claim());
                 true
             }
@@ -165,9 +165,8 @@ impl<M: Memory> Shard<M> {
                 false
             }
             Stage::Writing => {
-                if write.memory.len > 0 {
-                    self.drop_memory(task, write.memory.len);
-                }
+                // The lane has given the memory back already.
+                self.note_given_back(task, write.memory.len, Purpose::Write);
                 self.unlock(self.tasks.get(task).export, write.claim());
                 true
             }

@@ -323,7 +323,11 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             let session = &mut self.sessions[index];
             session.was_paused = true;
             let (_, id) = session.client.as_ref().expect("connected");
-            self.driver.pause_reading(*id, self.random.skewed(1_000..=3_000_000_000));
+            let longest = self.world.swarm.reading_pause_ns_max;
+            let hoarding = self.world.setup.slant.hoarding;
+            let pause =
+                if hoarding { self.random.range(0..=longest) } else { self.random.skewed(1_000..=longest) };
+            self.driver.pause_reading(*id, pause);
         }
         self.send_some(index);
         if is_worker && self.random.per_million(self.world.swarm.idle_pauses) {

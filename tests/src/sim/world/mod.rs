@@ -47,6 +47,8 @@ struct Swarm {
     /// Chances per million occasions.
     disconnects: u64,
     reading_pauses: u64,
+    /// The longest of these.
+    reading_pause_ns_max: u64,
     idle_pauses: u64,
     clients: u64,
     pattern: Pattern,
@@ -115,6 +117,8 @@ impl SubjectCounts {
         self.lost_blocks += other.lost_blocks;
         self.cleaned_segments += other.cleaned_segments;
         self.batches += other.batches;
+        self.inputs_parked += other.inputs_parked;
+        self.connections_put_out += other.connections_put_out;
     }
 }
 
@@ -158,6 +162,15 @@ impl<'a, S: Subject> World<'a, S> {
         let mut swarm = draw_swarm(&mut random.fork("swarm", 0), &setup, survives);
         if slant.restless {
             swarm.disconnects = 30_000;
+        }
+        if slant.hoarding {
+            swarm.clients = random.fork("hoarders", 0).range(20..=40);
+            swarm.reading_pauses = 100_000;
+            swarm.reading_pause_ns_max = 20_000_000_000;
+            // The server would not see them leave while they are stalled, and soon have as many as it takes.
+            swarm.disconnects = 0;
+            // Damage can take all space of so small a pool: that is for other scenarios.
+            (swarm.rot, swarm.rot_while_running) = (false, 0);
         }
         let mut disk = Disk::new(setup.disk_bytes, random.fork("disk", 0));
         subject.format(&setup, &mut disk);
@@ -376,6 +389,7 @@ fn draw_swarm(random: &mut Random, setup: &Setup, survives: Survives) -> Swarm {
         delay_ns_max: *random.pick(&[5_000, 50_000, 200_000, 2_000_000]),
         disconnects: some(random, 40, 3_000),
         reading_pauses: some(random, 30, 2_000),
+        reading_pause_ns_max: 3_000_000_000,
         idle_pauses: some(random, 40, 3_000),
         clients: random.range(1..=5),
         pattern: Pattern::draw(random, setup.request_bytes_max),
