@@ -360,8 +360,9 @@ fn empty_lane(pool: &PoolFile, recovered: &RecoveredPool, lane: usize) -> Result
     let write = |source| PoolsError::Write { path: pool.path().to_owned(), source };
     // What was rolled forward may not be on stable media yet; the old root needs it until the new one stands.
     pool.sync().map_err(write)?;
-    for slots in [[0, 1], [2, 3]] {
-        for slot in slots {
+    let order = recovered.lanes[lane].root_order;
+    for slots in order.chunks_exact(2) {
+        for slot in slots.iter().copied() {
             pool.write_at(layout.root_place(number, slot).offset_bytes(), &root).map_err(write)?;
         }
         pool.sync().map_err(write)?;

@@ -13,7 +13,7 @@ use super::bugs::{Bugs, PlantedBug};
 use super::checkpoint_body::{Body, VolumeRecord};
 use super::layout::{ANCHORS, Layout, LayoutError, Place, SegmentIndex};
 use super::map::{FrameIndex, LEAF_BLOCKS, Map, Mapping, Presence};
-use super::root::{Cursor, LOGGED_STREAMS, PlaceRun, Root, choose_root};
+use super::root::{Cursor, LOGGED_STREAMS, PlaceRun, Root, choose_root, write_order};
 use super::segment::SegmentTable;
 use crate::checksum::crc32c;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
@@ -105,6 +105,8 @@ pub struct Recovered {
     pub log_ends: [Option<LogEnd>; LOGGED_STREAMS],
     /// Where the map's stream goes on; its segment is open.
     pub map_end: Option<(SegmentIndex, u32)>,
+    /// In which order the next checkpoint writes the root's slots.
+    pub root_order: [u32; ANCHORS as usize],
     /// Where the checkpoint's body is.
     pub body: [Vec<PlaceRun>; 2],
     /// The volumes.
@@ -165,7 +167,7 @@ pub fn recover_lane(
     for (slot, root) in (0..).zip(&mut slots) {
         *root = read_root(reader, &layout, lane, slot)?;
     }
-    let root = choose_root(slots).ok_or(RecoveryError::NoRoot { lane })?;
+    let root = choose_root(slots.clone()).ok_or(RecoveryError::NoRoot { lane })?;
     let damaged = RecoveryError::CheckpointDamaged { lane, checkpoint: root.checkpoint };
     let body = read_body(reader, &layout, &root).ok_or(damaged)?;
     let mut recovered = restore(reader, layout, &root, body, map_cache_bytes);
@@ -191,6 +193,7 @@ pub fn recover_lane(
         batches.last().map_or(root.last_number, |batch| batch.number.max(root.last_number));
     recovered.batches_rolled_forward = batches.len() as u64;
     recovered.unproven = unproven;
+    recovered.root_order = write_order(&slots, &root);
     recovered.log_ends = log_ends.map(|end| end.filter(|end| !layout.is_anchor(end.next_segment)));
     for end in recovered.log_ends.iter().flatten() {
         reopen_log(&layout, &mut recovered.segments, end);
@@ -292,6 +295,7 @@ fn restore(
     }
     Recovered {
         log_ends: [None; LOGGED_STREAMS],
+        root_order: [0, 1, 2, 3],
         map_end,
         mount: root.mount,
         checkpoint: root.checkpoint,

@@ -12,9 +12,10 @@
 //!  112  map segment 4, block 4: where the map's stream goes on
 //! ```
 //!
-//! Four slots far apart. A checkpoint writes slots 0 and 1, brings them to stable media, then slots 2 and 3, and
-//! brings those to stable media too: at any moment the newest or the one before it stands in two good copies. What
-//! the newest no longer refers to is reused only after the last of these steps, when no older root can win.
+//! Four slots far apart. A checkpoint writes two of them, brings them to stable media, then the other two, and
+//! brings those to stable media too: at any moment the newest or the one before it stands in two good copies. So the
+//! first two are never the last two good copies of the root that counts ([`write_order`]). What the newest no longer
+//! refers to is reused only after the last of these steps, when no older root can win.
 
 use super::fields::{crc32c_without, put, u16_at, u32_at, u64_at};
 use super::layout::{ANCHORS, Place, SegmentIndex};
@@ -169,6 +170,15 @@ pub fn choose_root(slots: [Option<Root>; ANCHORS as usize]) -> Option<Root> {
     slots.iter().flatten().filter(|root| copies(root) >= 2).max_by_key(|root| root.checkpoint).cloned()
 }
 
+/// In which order the next checkpoint writes the slots, two and two: first those that do not hold the root that counts.
+/// A process that died between the two steps leaves that one in two copies only, and the other slots torn.
+#[must_use]
+pub fn write_order(slots: &[Option<Root>; ANCHORS as usize], counts: &Root) -> [u32; ANCHORS as usize] {
+    let mut order = [0, 1, 2, 3];
+    order.sort_by_key(|slot| slots[*slot as usize].as_ref() == Some(counts));
+    order
+}
+
 const _: () = {
     // A body of the largest number of leaves, in batches of 127 payload blocks, with a tenth to spare for volumes,
     // segments and parts cut short at the ends of segments.
@@ -227,6 +237,17 @@ mod tests {
             block[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(Root::decode(&block, 1, &[9; 16]), None, "bit {bit}");
         }
+    }
+
+    #[test]
+    fn the_only_two_copies_are_written_last() {
+        let (old, new) = (|| Some(root(4)), || Some(root(5)));
+        let order = |slots| write_order(&slots, &root(5));
+        assert_eq!(order([new(), new(), None, None]), [2, 3, 0, 1], "died while writing the second pair");
+        assert_eq!(order([old(), None, new(), new()]), [0, 1, 2, 3]);
+        assert_eq!(order([new(), None, None, new()]), [1, 2, 0, 3], "two slots rotted");
+        assert_eq!(order([new(), new(), new(), None]), [3, 0, 1, 2]);
+        assert_eq!(order([new(), new(), new(), new()]), [0, 1, 2, 3]);
     }
 
     #[test]

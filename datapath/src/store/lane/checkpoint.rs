@@ -1,7 +1,7 @@
 //! Checkpoints: what rolling forward starts from, and what makes emptied segments free again.
 //!
 //! ```text
-//!   idle ──cut──▶ leaves ──▶ body ──▶ sync ──▶ roots 0, 1 ──▶ sync ──▶ roots 2, 3 ──▶ sync ──▶ idle
+//!   idle ──cut──▶ leaves ──▶ body ──▶ sync ──▶ two roots ──▶ sync ──▶ the other two ──▶ sync ──▶ idle
 //! ```
 //!
 //! The cut is one instant between two events. The checkpoint holds exactly what was in effect then: leaves changed
@@ -69,6 +69,8 @@ pub(super) struct Checkpointer {
     /// One page for roots, one for encoding leaves.
     pub(super) root_page: MemoryRange,
     pub(super) leaf_page: MemoryRange,
+    /// The slots of the root, two and two; see [`crate::store::root::write_order`].
+    root_order: [u32; 4],
     roots_left: u32,
     /// Log written when the last checkpoint cut.
     blocks_at_cut: u64,
@@ -85,6 +87,7 @@ impl Checkpointer {
             requested: true,
             number: recovered.checkpoint,
             old_body: recovered.body.clone(),
+            root_order: recovered.root_order,
             root_page,
             leaf_page,
             ..Checkpointer::default()
@@ -345,11 +348,13 @@ impl Lane {
             Phase::SyncBody => {
                 let root = self.encode_root();
                 context.memory.bytes_mut(self.checkpointer.root_page).copy_from_slice(&root);
-                self.write_roots([0, 1]);
+                let [first, second, ..] = self.checkpointer.root_order;
+                self.write_roots([first, second]);
                 self.checkpointer.phase = Phase::FirstRoots;
             }
             Phase::SyncFirst => {
-                self.write_roots([2, 3]);
+                let [.., third, fourth] = self.checkpointer.root_order;
+                self.write_roots([third, fourth]);
                 self.checkpointer.phase = Phase::SecondRoots;
             }
             Phase::SyncSecond => self.end_checkpoint(),
