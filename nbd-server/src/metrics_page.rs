@@ -53,8 +53,13 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 11] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 12] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
+    (
+        "connections_abandoned",
+        "Connections closed for want of places after their clients had gone",
+        |shard| shard.report.connections_abandoned,
+    ),
     ("connections_refused", "Connections refused because there were too many", |shard| {
         shard.counters.refused + shard.report.connections_refused
     }),

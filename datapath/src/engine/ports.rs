@@ -86,6 +86,11 @@ pub enum Event {
         /// Whose.
         connection: ConnectionId,
     },
+    /// The client has closed its side; asked for by [`Effect::WatchHangUp`]. What it had sent before may still be there.
+    HungUp {
+        /// Whose.
+        connection: ConnectionId,
+    },
     /// [`Effect::Send`] ended: everything was handed to the kernel.
     Sent {
         /// To whom.
@@ -161,6 +166,11 @@ pub enum Effect {
         connection: ConnectionId,
         /// Where to put them.
         memory: MemoryRange,
+    },
+    /// Tell when the client has closed its side. Asked for once per connection at most, for while nothing is received.
+    WatchHangUp {
+        /// Whose.
+        connection: ConnectionId,
     },
     /// The engine has no more use for a receive buffer.
     Recycle {

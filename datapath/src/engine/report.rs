@@ -93,6 +93,8 @@ pub struct ShardReport {
     pub rejections: Rejections,
     /// Connections refused because there were too many, in all or from one address.
     pub connections_refused: u64,
+    /// Connections closed, when connections were short, because their clients had gone.
+    pub connections_abandoned: u64,
     /// Connections that did not finish their handshake in time.
     pub handshakes_timed_out: u64,
     /// Connections closed because others waited for memory that they held and their clients did nothing about.

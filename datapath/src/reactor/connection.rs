@@ -32,6 +32,8 @@ const LINGER_ROUNDS: u32 = 64;
 static LINGER_WAIT: types::Timespec = types::Timespec::new().sec(1);
 /// Readable, or ended.
 const POLL_READABLE: u32 = libc::POLLIN as u32;
+/// The other side has closed, whatever is still to be read.
+const POLL_HANG_UP: u32 = libc::POLLRDHUP as u32;
 
 /// What one direction of a connection is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +72,8 @@ struct OpenConnection {
     peer: PeerAddress,
     receive: Direction,
     send: Direction,
+    /// Waiting for the other side to close.
+    watch: Option<Ticket>,
     closing: bool,
     lingering: bool,
 }
@@ -159,6 +163,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             peer,
             receive: Direction::Idle,
             send: Direction::Idle,
+            watch: None,
             closing: false,
             lingering: false,
         });
@@ -199,6 +204,26 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         let entry = opcode::PollAdd::new(target.fd(), POLL_READABLE).build().flags(target.flags());
         let ticket = self.submit(Operation::Readable { connection: id }, entry);
         self.connection(id).receive = Direction::Busy(ticket);
+    }
+
+    /// Asks to be told when the client has closed its side.
+    pub(super) fn watch_hang_up(&mut self, id: ConnectionId) {
+        let connection = self.connection(id);
+        assert!(!connection.closing && connection.watch.is_none(), "a second watch on {id:?}");
+        let target = connection.target;
+        let entry = opcode::PollAdd::new(target.fd(), POLL_HANG_UP).build().flags(target.flags());
+        let ticket = self.submit(Operation::HangUp { connection: id }, entry);
+        self.connection(id).watch = Some(ticket);
+    }
+
+    pub(super) fn complete_hang_up(&mut self, id: ConnectionId, result: i32) {
+        let connection = self.connection(id);
+        connection.watch = None;
+        if connection.closing {
+            self.close_if_at_rest(id);
+        } else if result >= 0 {
+            self.pending.push_back(Event::HungUp { connection: id });
+        }
     }
 
     /// There is data, or the end of it.
@@ -385,7 +410,10 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         let connection = self.connection(id);
         assert!(!connection.closing, "{id:?} is closed twice");
         connection.closing = true;
-        let (receive, send) = (connection.receive, connection.send);
+        let (receive, send, watch) = (connection.receive, connection.send, connection.watch);
+        if let Some(ticket) = watch {
+            self.cancel(ticket);
+        }
         for direction in [receive, send] {
             if let Direction::Busy(ticket) = direction {
                 self.cancel(ticket);
@@ -400,7 +428,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
 
     fn close_if_at_rest(&mut self, id: ConnectionId) {
         let connection = self.connection(id);
-        if !connection.closing || !connection.receive.is_at_rest() || !connection.send.is_at_rest() {
+        let at_rest =
+            connection.receive.is_at_rest() && connection.send.is_at_rest() && connection.watch.is_none();
+        if !connection.closing || !at_rest {
             return;
         }
         let heard_the_end = connection.receive == Direction::Ended && !connection.lingering;

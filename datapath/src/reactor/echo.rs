@@ -384,6 +384,7 @@ impl Engine for EchoEngine {
                 }
             }
             Event::DeviceDone { .. } => panic!("an echo has no devices"),
+            Event::HungUp { .. } => panic!("an echo watches nobody"),
             Event::Timeout => {}
         }
     }

@@ -160,6 +160,7 @@ enum Operation {
     Transfer(DeviceOperation),
     Sync { token: Token },
     Readable { connection: ConnectionId },
+    HangUp { connection: ConnectionId },
     Receive { connection: ConnectionId },
     ReceiveChosen { connection: ConnectionId, buffer: ReceiveBuffer },
     ReceiveExact { connection: ConnectionId, memory: MemoryRange },
@@ -235,8 +236,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         assert!((1..=CONNECTIONS_MAX).contains(&config.connections_max));
         let mapping = engine.memory().mapping();
         let listeners = u32::try_from(config.listeners.len()).expect("few listeners");
-        // A connection has at most one receive and one send with the kernel.
-        let slots = config.device_operations_max + 2 * config.connections_max + listeners + OTHER_SLOTS;
+        // A connection has at most one receive, one send and one watch with the kernel.
+        let slots = config.device_operations_max + 3 * config.connections_max + listeners + OTHER_SLOTS;
         // Every slot may complete, and be cancelled, in one turn: the completion queue holds them all.
         let mut ring = Ring::new(config.submissions_max, (2 * slots).next_power_of_two(), config.features)?;
         let device_count = u32::try_from(config.devices.len()).expect("few devices");
@@ -360,6 +361,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Operation::Transfer(operation) => self.complete_transfer(operation, result),
             Operation::Sync { token } => self.complete_sync(token, result),
             Operation::Readable { connection } => self.complete_readable(connection, result),
+            Operation::HangUp { connection } => self.complete_hang_up(connection, result),
             Operation::Receive { connection } => self.complete_receive(connection, completion),
             Operation::ReceiveChosen { connection, buffer } => {
                 self.finish_receive(connection, Some(buffer), result);
@@ -395,6 +397,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Effect::DeviceSync { token, device } => self.start_sync(token, device),
             Effect::Receive { connection } => self.start_receive(connection),
             Effect::ReceiveExact { connection, memory } => self.start_receive_exact(connection, memory),
+            Effect::WatchHangUp { connection } => self.watch_hang_up(connection),
             Effect::Recycle { buffer } => self.recycle(buffer),
             Effect::Send { connection } => self.start_send(connection),
             Effect::Close { connection } => self.close_connection(connection),

@@ -26,6 +26,7 @@ enum Happening {
     Depart(ConnectionId),
     Deliver(ConnectionId),
     ResumeReading(ConnectionId),
+    HangUp(ConnectionId),
     Closed(ConnectionId),
     Planned(Plan),
 }
@@ -70,6 +71,9 @@ struct Connection {
     closed: bool,
     /// The client has left, or has read to the end.
     client_gone: bool,
+    /// The engine wants to be told when the client has left.
+    watched: bool,
+    client_left: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -182,6 +186,8 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             close_planned: false,
             closed: false,
             client_gone: false,
+            watched: false,
+            client_left: false,
         });
         let host = u128::from(self.random.below(4));
         let peer = if host == 0 { PeerAddress::Unix } else { PeerAddress::Internet(host.into()) };
@@ -200,9 +206,28 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let connection = self.connections[id.0 as usize].as_mut().expect("an open connection");
         connection.pipe.client_leaves(&mut self.random);
         connection.client_gone = true;
+        connection.client_left = true;
+        self.plan_hang_up(id);
         self.plan_arrival(id);
         self.plan_departure(id);
         self.forget_if_gone(id);
+    }
+
+    fn plan_hang_up(&mut self, id: ConnectionId) {
+        if self.connections[id.0 as usize].as_ref().is_some_and(|open| open.watched && open.client_left) {
+            let delay = self.random.range(1_000..=50_000);
+            self.agenda.after_ns(delay, Happening::HangUp(id));
+        }
+    }
+
+    fn hang_up(&mut self, id: ConnectionId) {
+        let open = self.connections[id.0 as usize].as_ref();
+        // It may have been closed meanwhile, and its place be another's.
+        if open
+            .is_some_and(|open| open.watched && open.client_left && !open.closed && !open.pipe.is_closing())
+        {
+            self.tell(Event::HungUp { connection: id });
+        }
     }
 
     /// The client of a connection reads nothing for a while.
@@ -284,6 +309,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                     self.plan_delivery(id);
                 }
             }
+            Happening::HangUp(id) => self.hang_up(id),
             Happening::Closed(id) => self.finish_close(id),
             Happening::Planned(plan) => return Notice::Planned(plan),
         }
@@ -373,6 +399,12 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             }
             Effect::Receive { connection } => self.start_receive(connection, None),
             Effect::ReceiveExact { connection, memory } => self.start_receive(connection, Some(memory)),
+            Effect::WatchHangUp { connection } => {
+                let watched = &mut self.open_connection(connection).watched;
+                assert!(!*watched, "a second watch on {connection:?}");
+                *watched = true;
+                self.plan_hang_up(connection);
+            }
             Effect::Recycle { buffer } => {
                 self.buffers.recycle(buffer, self.engine.memory());
                 for index in 0..self.connections.len() {
@@ -586,6 +618,7 @@ fn connection_of(event: &Event) -> Option<ConnectionId> {
         | Event::Received { connection, .. }
         | Event::ReceivedExact { connection }
         | Event::ReceiveEnded { connection }
+        | Event::HungUp { connection }
         | Event::Sent { connection }
         | Event::SendFailed { connection }
         | Event::Closed { connection } => Some(*connection),
@@ -604,6 +637,7 @@ fn note_event(now: Moment, event: &Event) {
             ("received exactly on connection", [connection.0.into(), 0, 0])
         }
         Event::ReceiveEnded { connection } => ("receive ended on connection", [connection.0.into(), 0, 0]),
+        Event::HungUp { connection } => ("hung up connection", [connection.0.into(), 0, 0]),
         Event::Sent { connection } => ("sent on connection", [connection.0.into(), 0, 0]),
         Event::SendFailed { connection } => ("send failed on connection", [connection.0.into(), 0, 0]),
         Event::Closed { connection } => ("closed connection", [connection.0.into(), 0, 0]),

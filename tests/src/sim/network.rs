@@ -297,6 +297,12 @@ impl Pipe {
         !self.to_client.is_empty()
     }
 
+    /// Has the engine asked to close it?
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        self.server_closing
+    }
+
     /// Has everything under way ended, so that the engine may hear that the connection is gone?
     #[must_use]
     pub fn is_closed(&self) -> bool {

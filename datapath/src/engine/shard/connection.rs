@@ -6,8 +6,9 @@ use super::payload::Payload;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
 use crate::limits::{
-    BYTES_PER_CONNECTION_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS, HANDSHAKES_PER_ADDRESS_MAX,
-    HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX, REQUESTS_PER_VOLUME_MAX,
+    BYTES_PER_CONNECTION_MAX, CONNECTIONS_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS,
+    HANDSHAKES_PER_ADDRESS_MAX, HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX,
+    REQUESTS_PER_VOLUME_MAX,
 };
 use crate::memory::Memory;
 use crate::request::ExportIndex;
@@ -37,6 +38,9 @@ pub(super) struct Connection {
     /// The payload of a write that is being received.
     pub(super) payload: Option<Payload>,
     receiving: bool,
+    /// The driver was asked to tell when the client closes its side, and has told.
+    pub(super) watched: bool,
+    hung_up: bool,
     accepted_at: Moment,
     has_spoken: bool,
     pub(super) output: Output,
@@ -56,6 +60,7 @@ impl<M: Memory> Shard<M> {
     pub(super) fn accept(&mut self, id: ConnectionId, peer: PeerAddress) {
         assert!(self.connections[id.0 as usize].is_none(), "{id:?} is in use");
         self.make_room_for_handshake(peer);
+        self.close_abandoned();
         let room = self.connection_pages + SEND_PAGES <= self.connection_pages_max && !self.draining;
         let memory = if room { self.pages.allocate(SEND_PAGES) } else { None };
         let Some(memory) = memory else {
@@ -76,6 +81,8 @@ impl<M: Memory> Shard<M> {
             input: None,
             payload: None,
             receiving: false,
+            watched: false,
+            hung_up: false,
             accepted_at: self.now,
             has_spoken: false,
             output,
@@ -115,6 +122,29 @@ impl<M: Memory> Shard<M> {
         if let (Some((_, _, id)), true) = (oldest, count >= allowed) {
             self.connections_refused += 1;
             self.close(id);
+        }
+    }
+
+    /// The client has closed its side. If there are bytes of it that wait for their turn, they wait on: they may end in
+    /// a proper goodbye.
+    pub(super) fn hung_up(&mut self, id: ConnectionId) {
+        if let Some(connection) = self.connections[id.0 as usize].as_deref_mut() {
+            connection.hung_up = true;
+        }
+    }
+
+    /// When connections run short, those go whose clients have gone: nobody would hear what becomes of their requests.
+    fn close_abandoned(&mut self) {
+        if self.connection_pages * 4 <= self.connection_pages_max.min(CONNECTIONS_MAX * SEND_PAGES) * 3 {
+            return;
+        }
+        for index in 0..CONNECTIONS_MAX {
+            let id = ConnectionId(index);
+            let abandoned = |connection: &mut Connection| connection.hung_up && !connection.receiving;
+            if self.living(id).is_some_and(abandoned) {
+                self.connections_abandoned += 1;
+                self.close(id);
+            }
         }
     }
 

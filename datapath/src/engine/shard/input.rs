@@ -102,6 +102,10 @@ impl<M: Memory> Shard<M> {
         let Some(Input::Received { rest, buffer, kept: kept @ false }) = &mut connection.input else {
             return;
         };
+        if !std::mem::replace(&mut connection.watched, true) {
+            // Nothing is received meanwhile that would tell of the client's end.
+            self.effects.push_back(Effect::WatchHangUp { connection: id });
+        }
         if self.buffers_kept < STALLED_BUFFERS_MAX {
             *kept = true;
             self.buffers_kept += 1;

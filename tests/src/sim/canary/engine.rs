@@ -417,7 +417,9 @@ impl Engine for Canary {
                 }
                 self.take_input(connection);
             }
-            Event::ReceivedExact { .. } => unreachable!("the canary never asks for that"),
+            Event::ReceivedExact { .. } | Event::HungUp { .. } => {
+                unreachable!("the canary never asks for that")
+            }
             Event::ReceiveEnded { connection } => {
                 let state = self.connections.get_mut(&connection.0).expect("known");
                 (state.receiving, state.ended) = (false, true);
