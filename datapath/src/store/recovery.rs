@@ -17,6 +17,7 @@ use super::root::{Cursor, LOGGED_STREAMS, PlaceRun, Root, choose_root, write_ord
 use super::segment::SegmentTable;
 use crate::checksum::crc32c;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
+use std::ops::Range;
 
 /// Reads a pool while it is not being served.
 pub trait PoolReader {
@@ -54,6 +55,16 @@ pub enum RecoveryError {
         lane: u32,
         /// Which slot.
         slot: u32,
+    },
+    /// The end of the log cannot be read. It may be readable at the next start, and hold what was answered.
+    #[error(
+        "lane {lane}: block {block} of the device, in the log's end, cannot be read; the device must be repaired or copied first"
+    )]
+    LogUnreadable {
+        /// The lane.
+        lane: u32,
+        /// The block.
+        block: u32,
     },
     /// Both copies of the checkpoint's body are damaged.
     #[error("lane {lane}: both copies of checkpoint {checkpoint} are damaged")]
@@ -317,6 +328,8 @@ struct FoundBatch {
     run: PlaceRun,
     descriptor: Vec<u8>,
     payload_is_good: bool,
+    /// A block of it that could not be read.
+    unreadable: Option<u32>,
     continues: bool,
     /// Where the stream goes on after it.
     log_end: LogEnd,
@@ -334,6 +347,8 @@ struct Walker<'r, R> {
     /// The segment held in `bytes`.
     loaded: Option<SegmentIndex>,
     bytes: Vec<u8>,
+    /// Blocks of it that could not be read.
+    unreadable: Vec<u32>,
     found: Vec<FoundBatch>,
     /// Highest flushed watermark seen.
     flushed: u64,
@@ -342,16 +357,34 @@ struct Walker<'r, R> {
 impl<'r, R: PoolReader> Walker<'r, R> {
     fn new(reader: &'r mut R, layout: Layout, root: &Root, stream: u8, cursor: Cursor, bugs: Bugs) -> Self {
         let (lane, mount) = (root.lane, root.mount);
-        let (found, bytes) = (Vec::new(), Vec::new());
-        Walker { reader, layout, lane, mount, stream, bugs, cursor, loaded: None, bytes, found, flushed: 0 }
+        let (found, bytes, unreadable) = (Vec::new(), Vec::new(), Vec::new());
+        Walker {
+            reader,
+            layout,
+            lane,
+            mount,
+            stream,
+            bugs,
+            cursor,
+            loaded: None,
+            bytes,
+            unreadable,
+            found,
+            flushed: 0,
+        }
     }
 
     fn walk(&mut self) -> Result<(), RecoveryError> {
-        while self.step() {}
+        while self.step()? {}
+        // A batch that cannot be read is not a torn one.
+        let torn = self.found.iter().find(|batch| !batch.payload_is_good && batch.number > self.flushed);
+        if let Some(block) = torn.and_then(|batch| batch.unreadable) {
+            return Err(RecoveryError::LogUnreadable { lane: self.lane, block });
+        }
         let after = self.cursor.number;
         // Is there anything behind the break that says the missing batch had been flushed?
-        let tail = self.watermark_from(self.cursor.segment, self.cursor.block);
-        let next = self.watermark_from(self.cursor.next_segment, 0);
+        let tail = self.watermark_from(self.cursor.segment, self.cursor.block)?;
+        let next = self.watermark_from(self.cursor.next_segment, 0)?;
         if tail.max(next) > after {
             return Err(RecoveryError::FlushedBatchLost { lane: self.lane, after });
         }
@@ -359,22 +392,27 @@ impl<'r, R: PoolReader> Walker<'r, R> {
     }
 
     /// Takes the batch at the cursor, or the first one of the next segment.
-    fn step(&mut self) -> bool {
+    fn step(&mut self) -> Result<bool, RecoveryError> {
         let (segment, block) = (self.cursor.segment, self.cursor.block);
-        if block < self.layout.segment_blocks && self.take_batch(segment, block, Some(self.cursor.generation))
+        if block < self.layout.segment_blocks
+            && self.take_batch(segment, block, Some(self.cursor.generation))?
         {
-            return true;
+            return Ok(true);
         }
         let next = self.cursor.next_segment;
-        next != segment && self.take_batch(next, 0, None)
+        if next == segment { Ok(false) } else { self.take_batch(next, 0, None) }
     }
 
-    fn take_batch(&mut self, segment: SegmentIndex, block: u32, generation: Option<u64>) -> bool {
-        if !self.load(segment) {
-            return false;
-        }
+    fn take_batch(
+        &mut self,
+        segment: SegmentIndex,
+        block: u32,
+        generation: Option<u64>,
+    ) -> Result<bool, RecoveryError> {
+        self.load(segment);
+        self.expect_readable(segment, block..block + 1)?;
         let at = block as usize * BLOCK_BYTES_USIZE;
-        let Some(descriptor) = Descriptor::decode(&self.bytes[at..]) else { return false };
+        let Some(descriptor) = Descriptor::decode(&self.bytes[at..]) else { return Ok(false) };
         let header = descriptor.header;
         let follows = header.chain == self.cursor.chain
             && header.mount == self.mount
@@ -384,8 +422,11 @@ impl<'r, R: PoolReader> Walker<'r, R> {
             && header.next_segment.0 < self.layout.segments_in(self.reader.len_bytes());
         let chained = follows || self.bugs.has(PlantedBug::NoChain);
         if !mine || !inside || !chained || header.number <= self.cursor.number {
-            return false;
+            return Ok(false);
         }
+        let blocks = block..block + descriptor.total_blocks();
+        let unreadable = self.unreadable.iter().find(|bad| blocks.contains(bad));
+        let unreadable = unreadable.map(|bad| self.layout.place(segment, *bad).0);
         let payload = &self.bytes[at + BLOCK_BYTES_USIZE..];
         let payload_is_good = descriptor.entries().all(|view| {
             (0..view.payload_blocks()).all(|index| {
@@ -400,6 +441,7 @@ impl<'r, R: PoolReader> Walker<'r, R> {
             run: PlaceRun { place: self.layout.place(segment, block), blocks: descriptor.total_blocks() },
             descriptor: self.bytes[at..at + descriptor.used_bytes()].to_vec(),
             payload_is_good,
+            unreadable,
             continues: header.continues,
             log_end: LogEnd {
                 segment,
@@ -415,41 +457,40 @@ impl<'r, R: PoolReader> Walker<'r, R> {
             chain: descriptor.crc,
             next_segment: header.next_segment,
         };
-        true
+        Ok(true)
     }
 
-    fn load(&mut self, segment: SegmentIndex) -> bool {
-        if self.loaded != Some(segment) {
-            self.loaded = None;
-            self.bytes.resize(self.layout.segment_bytes() as usize, 0);
-            if !self.reader.read_at(self.layout.place(segment, 0).offset_bytes(), &mut self.bytes) {
-                return self.load_block_by_block(segment);
-            }
-            self.loaded = Some(segment);
+    fn load(&mut self, segment: SegmentIndex) {
+        if self.loaded == Some(segment) {
+            return;
         }
-        true
-    }
-
-    /// A part of the segment cannot be read: what can be, is; the rest counts as damaged.
-    fn load_block_by_block(&mut self, segment: SegmentIndex) -> bool {
+        self.bytes.resize(self.layout.segment_bytes() as usize, 0);
+        self.unreadable.clear();
         let start = self.layout.place(segment, 0).offset_bytes();
-        for (block, bytes) in (0_u64..).zip(self.bytes.chunks_exact_mut(BLOCK_BYTES_USIZE)) {
-            if !self.reader.read_at(start + block * BLOCK_BYTES_U64, bytes) {
-                bytes.fill(0);
+        if !self.reader.read_at(start, &mut self.bytes) {
+            // A part of the segment cannot be read: what can be, is.
+            for (block, bytes) in (0..).zip(self.bytes.chunks_exact_mut(BLOCK_BYTES_USIZE)) {
+                if !self.reader.read_at(start + u64::from(block) * BLOCK_BYTES_U64, bytes) {
+                    bytes.fill(0);
+                    self.unreadable.push(block);
+                }
             }
         }
         self.loaded = Some(segment);
-        true
+    }
+
+    fn expect_readable(&self, segment: SegmentIndex, blocks: Range<u32>) -> Result<(), RecoveryError> {
+        let Some(bad) = self.unreadable.iter().find(|block| blocks.contains(block)) else { return Ok(()) };
+        Err(RecoveryError::LogUnreadable { lane: self.lane, block: self.layout.place(segment, *bad).0 })
     }
 
     /// The highest flushed watermark that a later batch of this stream and mount states.
-    fn watermark_from(&mut self, segment: SegmentIndex, block: u32) -> u64 {
-        if !self.load(segment) {
-            return 0;
-        }
+    fn watermark_from(&mut self, segment: SegmentIndex, block: u32) -> Result<u64, RecoveryError> {
+        self.load(segment);
+        self.expect_readable(segment, block..self.layout.segment_blocks)?;
         let (mount, stream, lane, after) = (self.mount, self.stream, self.lane, self.cursor.number);
         let blocks = self.bytes[(block * BLOCK_BYTES) as usize..].chunks_exact(BLOCK_BYTES_USIZE);
-        blocks
+        Ok(blocks
             .filter_map(Descriptor::decode)
             .map(|descriptor| descriptor.header)
             .filter(|header| {
@@ -458,7 +499,7 @@ impl<'r, R: PoolReader> Walker<'r, R> {
             .filter(|header| header.number > after)
             .map(|header| header.flushed)
             .max()
-            .unwrap_or(0)
+            .unwrap_or(0))
     }
 
     /// The batches that count: up to the first one with a torn payload, and no first half without its second.
