@@ -4,7 +4,7 @@
 //!
 //! | floor | modules | what lives there |
 //! |---|---|---|
-//! | 0 | [`units`], [`limits`], [`request`], [`checksum`], [`memory`] | the words of the domain |
+//! | 0 | [`units`], [`limits`], [`request`], [`record`], [`checksum`], [`memory`] | the words of the domain |
 //! | 1 | [`wire`] | byte layouts of the protocols, as pure encoders and decoders |
 //! | 2 | [`session`], [`store`] | state machines; they do not know each other |
 //! | 3 | [`engine`] | joins the machines into a shard, one event at a time |
@@ -19,6 +19,7 @@ pub mod engine;
 pub mod limits;
 pub mod memory;
 pub mod reactor;
+pub mod record;
 pub mod request;
 pub mod session;
 pub mod store;

@@ -26,7 +26,7 @@ use crate::volume_name::VolumeName;
 pub const LANES: u32 = 4;
 /// Memory for the requests of one shard's clients.
 const REQUEST_MEMORY_BYTES: u32 = 64 << 20;
-/// Log after which a checkpoint is written: a restart reads less than this, in well under a second.
+/// Log after which a lane writes a checkpoint: a restart reads less than this of each lane.
 const CHECKPOINT_LOG_BYTES: u64 = 256 << 20;
 /// Memory for the map unless told otherwise: all of a volume of 4 TiB.
 const MAP_CACHE_BYTES: u64 = 8 << 30;

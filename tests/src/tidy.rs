@@ -18,15 +18,17 @@ pub const RATCHET: [(&str, usize); 1] =
     [("datapath/src/session/nbd/tests/handshake.rs::every_option_is_answered_as_the_table_says", 85)];
 
 /// Modules of the data path and the floor each is on.
-const FLOORS: [(&str, u8); 10] = [
+const FLOORS: [(&str, u8); 12] = [
     ("units", 0),
     ("limits", 0),
     ("request", 0),
+    ("record", 0),
     ("checksum", 0),
     ("memory", 0),
     ("wire", 1),
     ("session", 2),
     ("store", 2),
+    ("replica", 2),
     ("engine", 3),
     ("reactor", 4),
 ];

@@ -344,6 +344,17 @@ fn never_reading(socket: &Path) {
     drop(attackers);
 }
 
+/// Someone who comes while a crowd is there, and the moment of coming: is served, soon.
+fn newcomer(socket: &Path) -> (Attacker, Instant) {
+    let start = Instant::now();
+    let mut late = Attacker::admitted(socket);
+    late.assert_in_step();
+    let greeted = start.elapsed();
+    assert!(greeted < GREETED_WITHIN, "a newcomer was greeted and served after {greeted:?}");
+    println!("newcomer served after {greeted:?}");
+    (late, start)
+}
+
 /// More clients than the server has receive buffers, that ask for more than it has memory and read nothing. Newcomers
 /// are greeted at once, and once the patience with the others is over, large requests get memory too.
 fn crowd_that_never_reads(socket: &Path) {
@@ -363,15 +374,11 @@ fn crowd_that_never_reads(socket: &Path) {
             attacker
         })
         .collect();
-    let start = Instant::now();
-    let mut late = Attacker::admitted(socket);
-    late.assert_in_step();
-    let greeted = start.elapsed();
-    assert!(greeted < GREETED_WITHIN, "a newcomer was greeted and served after {greeted:?}");
+    let (mut late, start) = newcomer(socket);
     late.request(command::READ, 0, 0, 1 << 20);
     assert_eq!(late.error(), 0);
     late.take(1 << 20);
-    println!("newcomer served after {greeted:?}, with 1 MiB after {:?}", start.elapsed());
+    println!("newcomer has 1 MiB after {:?}", start.elapsed());
     drop(attackers);
 }
 
@@ -385,15 +392,11 @@ fn crowd_that_never_finishes(socket: &Path) {
             attacker
         })
         .collect();
-    let start = Instant::now();
-    let mut late = Attacker::admitted(socket);
-    late.assert_in_step();
-    let greeted = start.elapsed();
-    assert!(greeted < GREETED_WITHIN, "a newcomer was greeted and served after {greeted:?}");
+    let (mut late, start) = newcomer(socket);
     late.request(command::WRITE, 0, 0, 1 << 20);
     late.say(&vec![0; 1 << 20]);
     assert_eq!(late.error(), 0);
-    println!("newcomer served after {greeted:?}, its 1 MiB written after {:?}", start.elapsed());
+    println!("newcomer's 1 MiB written after {:?}", start.elapsed());
     drop(attackers);
 }
 

@@ -118,7 +118,7 @@ impl SegmentTable {
         self.note_batch(segment, number);
     }
 
-    /// The map's stream goes on in a segment that it had begun before a restart.
+    /// A stream goes on in a segment that it had begun, or reserved, before a restart.
     pub fn reopen(&mut self, segment: SegmentIndex) {
         assert!(matches!(self.state(segment), SegmentState::Foreign | SegmentState::Sealed));
         self.set_state(segment, SegmentState::Open);
@@ -282,6 +282,12 @@ impl SegmentTable {
             self.set_state(segment, SegmentState::Free);
             self.free.push_back(segment);
         }
+    }
+
+    /// Segments that will be free when the last read of them has ended.
+    #[must_use]
+    pub fn still_read_count(&self) -> usize {
+        self.still_read.len()
     }
 
     /// Segments that the cleaner has dealt with and that are not empty.

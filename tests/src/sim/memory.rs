@@ -105,9 +105,9 @@ impl SimMemory {
     /// A repeated random word: cheaper than true noise, and as wrong when it is taken for data.
     fn poison(&mut self, range: MemoryRange, random: &mut Random) {
         let noise = (random.bits() | 1).to_le_bytes();
-        for chunk in self.driver_bytes_mut(range).chunks_mut(8) {
-            chunk.copy_from_slice(&noise[..chunk.len()]);
-        }
+        let (words, rest) = self.driver_bytes_mut(range).as_chunks_mut::<8>();
+        words.fill(noise);
+        rest.copy_from_slice(&noise[..rest.len()]);
     }
 
     fn touch(&mut self, range: MemoryRange) {

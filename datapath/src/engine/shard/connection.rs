@@ -38,8 +38,9 @@ pub(super) struct Connection {
     /// The payload of a write that is being received.
     pub(super) payload: Option<Payload>,
     receiving: bool,
-    /// The driver was asked to tell when the client closes its side, and has told.
+    /// The driver was asked to tell when the client closes its side.
     pub(super) watched: bool,
+    /// The driver told that the client has closed its side.
     hung_up: bool,
     accepted_at: Moment,
     has_spoken: bool,

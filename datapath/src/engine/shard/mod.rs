@@ -293,6 +293,8 @@ impl<M: Memory> Shard<M> {
             || self.lanes.iter().enumerate().filter(|(other, lane)| *other != index && lane.pool == pool);
         let needed_elsewhere = others().map(|(_, other)| other.lane.segments_needed()).sum();
         let others_are_hungry = others().any(|(_, other)| other.lane.is_hungry());
+        let waits = self.lanes[index].lane.is_hungry();
+        let others_may_give = waits && others().any(|(_, other)| other.lane.may_give());
         let (lane, space) = (&mut self.lanes[index].lane, &mut self.spaces[pool]);
         if others_are_hungry {
             while let Some(segment) = lane.spare_segment() {
@@ -305,7 +307,13 @@ impl<M: Memory> Shard<M> {
             }
         }
         let (segments, free) = (space.segment_count(), space.free_count());
-        lane.set_pool_share(PoolShare { segments, free, needed_elsewhere, others_are_hungry });
+        lane.set_pool_share(PoolShare {
+            segments,
+            free,
+            needed_elsewhere,
+            others_are_hungry,
+            others_may_give,
+        });
     }
 
     /// Looks at connections and tasks that could not go on before.

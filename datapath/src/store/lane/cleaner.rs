@@ -106,15 +106,29 @@ impl Lane {
         self.segments_coming() < self.clean_below() || self.pool_share.others_are_hungry && spare
     }
 
-    /// Is there nothing that the cleaner or a checkpoint could do for a change that waits for space?
+    /// Is there nothing, in this lane or another, that could bring space for a change that waits for it?
     pub(super) fn cleaning_is_over(&self) -> bool {
-        self.cleaner.phase == Phase::Idle
-            && self.checkpointer.is_idle()
-            && self.segments.dead_count() == 0
-            && self.map.dirty_count() == 0
+        self.map.dirty_count() == 0
             && self.pool_share.free == 0
+            && !self.pool_share.others_may_give
             && self.streams.iter().all(super::stream::Stream::is_settled)
-            && self.segments.choose_victim(self.last_number, true, self.survivor_room_blocks()).is_none()
+            && !self.is_space_coming()
+    }
+
+    /// Will segments become free by what is under way here, or could be begun?
+    fn is_space_coming(&self) -> bool {
+        self.cleaner.phase != Phase::Idle
+            || !self.checkpointer.is_idle()
+            || self.segments.dead_count() > 0
+            || self.segments.still_read_count() > 0
+            || self.segments_being_zeroed() > 0
+            || self.segments.choose_victim(self.last_number, true, self.survivor_room_blocks()).is_some()
+    }
+
+    /// May this lane still come to give segments back, for another that waits?
+    #[must_use]
+    pub fn may_give(&self) -> bool {
+        !self.failed && self.segments.owned_count() > self.segments_needed() && self.is_space_coming()
     }
 
     /// So few segments are left that those already emptied are needed.
@@ -177,7 +191,10 @@ impl Lane {
             return;
         }
         if self.cleaner.read_failed {
-            // Marked as cleaned, so that others have their turn; a restart tries again.
+            // Marked as cleaned, so that others have their turn; a restart tries again. What was found in it before
+            // keeps its second look.
+            let victim = self.cleaner.victim.expect("a victim");
+            self.cleaner.found_damage = self.segments.is_damaged(victim);
             return self.end_cleaning(false);
         }
         self.list_candidates(context.memory.bytes(self.cleaner.buffer));

@@ -153,6 +153,8 @@ pub struct PoolShare {
     pub needed_elsewhere: u32,
     /// Another lane waits for segments: clean for its sake.
     pub others_are_hungry: bool,
+    /// Another lane may still give segments back.
+    pub others_may_give: bool,
 }
 
 /// What a lane has counted since it was opened.
@@ -448,12 +450,16 @@ impl Lane {
         self.checkpointer.request();
     }
 
+    /// Segments that are zeroed before their first use.
+    fn segments_being_zeroed(&self) -> u32 {
+        let waiting = u32::try_from(self.zeroing.waiting.len()).expect("a few");
+        waiting + u32::from(self.zeroing.current.is_some())
+    }
+
     /// How many segments the lane would like to borrow now.
     #[must_use]
     pub fn segments_wanted(&self) -> u32 {
-        let coming = u32::try_from(self.zeroing.waiting.len()).expect("a few")
-            + u32::from(self.zeroing.current.is_some());
-        let stock = self.segments.free_count() + coming;
+        let stock = self.segments.free_count() + self.segments_being_zeroed();
         // What must be kept free is of no use to clients: they need more than that.
         let enough = SEGMENTS_IN_STOCK.max(self.segments_kept(StreamKind::Client) + 2);
         // A lane without volumes writes nothing.

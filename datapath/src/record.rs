@@ -1,0 +1,175 @@
+//! The words of replication: nodes, places in a volume's order, and the record that says who holds what.
+//!
+//! A record changes only by compare-and-swap in the record store, and the store is asked only when membership changes,
+//! never for a write (the configuration manager of PacificA, Lin et al., 2008).
+
+use std::fmt;
+
+/// A node of the cluster. The record store gives the number when the node joins, and never gives it again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub u32);
+
+impl fmt::Debug for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "n{}", self.0)
+    }
+}
+
+/// A replicated volume. The record store gives the number when the volume is created, and never gives it again; the
+/// pools of all its replicas know the volume by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VolumeNumber(pub u32);
+
+/// The place of a change in its volume's order: the epoch first. Sequences ascend by one from change to change and go
+/// on through all epochs, so that those of one unbroken order can be compared without their epochs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Stamp {
+    /// The epoch whose head numbered the change. 0 only for the beginning of the order.
+    pub epoch: u32,
+    /// Its number. 0 is before the first change.
+    pub sequence: u64,
+}
+
+impl fmt::Debug for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.epoch, self.sequence)
+    }
+}
+
+/// The process that takes a volume's reads and writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HeadSession {
+    /// Its node.
+    pub node: NodeId,
+    /// Chosen at random when it proposed itself: a restarted process is another head.
+    pub session: u64,
+}
+
+/// A replica that is not brought up to date now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StaleReplica {
+    /// Where it is.
+    pub node: NodeId,
+    /// The version of the record that left it out.
+    pub since_version: u64,
+}
+
+/// Where a started epoch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EpochEnd {
+    /// The epoch.
+    pub epoch: u32,
+    /// The last sequence of the order when the next epoch started; changes of this epoch beyond it never were.
+    pub sequence: u64,
+}
+
+/// What the record store keeps of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The volume.
+    pub volume: VolumeNumber,
+    /// Its name: unique among the volumes that there are.
+    pub name: String,
+    /// Told at random when it was created, and anew when data was given up by force: replicas of different lineages
+    /// have nothing in common.
+    pub lineage: [u8; 16],
+    /// Size in blocks.
+    pub size_blocks: u64,
+    /// Rises by one with every change of the record.
+    pub version: u64,
+    /// Told at random by whoever proposed this version, so that it knows its own when it reads it.
+    pub proposal: u64,
+    /// Rises by one with every head. 0: there was none yet.
+    pub epoch: u32,
+    /// Has the epoch begun to serve?
+    pub started: bool,
+    /// The epoch's head.
+    pub head: Option<HeadSession>,
+    /// The replicas whose acknowledgement every change needs, ascending.
+    pub in_sync: Vec<NodeId>,
+    /// Replicas that are being filled, ascending.
+    pub catching_up: Vec<NodeId>,
+    /// All other replicas, by node.
+    pub stale: Vec<StaleReplica>,
+    /// With fewer replicas in sync nothing is served.
+    pub min_in_sync: u32,
+    /// Ends of earlier epochs, ascending. An epoch that never started has none.
+    pub epoch_ends: Vec<EpochEnd>,
+}
+
+impl Record {
+    /// A new volume with empty replicas on these nodes, all in sync.
+    ///
+    /// # Panics
+    /// If there are no nodes, or two are one.
+    #[must_use]
+    pub fn new(
+        volume: VolumeNumber,
+        name: &str,
+        lineage: [u8; 16],
+        size_blocks: u64,
+        nodes: &[NodeId],
+    ) -> Record {
+        let mut in_sync = nodes.to_vec();
+        in_sync.sort_unstable();
+        in_sync.dedup();
+        assert!(!nodes.is_empty() && in_sync.len() == nodes.len(), "replicas on {nodes:?}");
+        Record {
+            volume,
+            name: name.to_owned(),
+            lineage,
+            size_blocks,
+            version: 1,
+            proposal: 0,
+            epoch: 0,
+            started: false,
+            head: None,
+            min_in_sync: if in_sync.len() >= 3 { 2 } else { 1 },
+            in_sync,
+            catching_up: Vec::new(),
+            stale: Vec::new(),
+            epoch_ends: Vec::new(),
+        }
+    }
+
+    /// Is the node's replica in sync?
+    #[must_use]
+    pub fn is_in_sync(&self, node: NodeId) -> bool {
+        self.in_sync.binary_search(&node).is_ok()
+    }
+
+    /// Every node that has a replica, ascending.
+    #[must_use]
+    pub fn replicas(&self) -> Vec<NodeId> {
+        let stale = self.stale.iter().map(|replica| replica.node);
+        let mut all: Vec<_> = self.in_sync.iter().chain(&self.catching_up).copied().chain(stale).collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// The last sequence of an epoch, if it served and has ended.
+    #[must_use]
+    pub fn end_of(&self, epoch: u32) -> Option<u64> {
+        self.epoch_ends.iter().find(|end| end.epoch == epoch).map(|end| end.sequence)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_record_knows_its_replicas() {
+        let record = Record::new(VolumeNumber(7), "data", [1; 16], 100, &[NodeId(3), NodeId(1), NodeId(2)]);
+        assert_eq!(record.in_sync, [NodeId(1), NodeId(2), NodeId(3)]);
+        assert_eq!((record.min_in_sync, record.epoch, record.started), (2, 0, false));
+        assert!(record.is_in_sync(NodeId(2)) && !record.is_in_sync(NodeId(4)));
+        assert_eq!(record.replicas(), record.in_sync);
+    }
+
+    #[test]
+    fn stamps_order_by_epoch_first() {
+        let stamp = |epoch, sequence| Stamp { epoch, sequence };
+        assert!(stamp(2, 1) > stamp(1, 9) && stamp(1, 9) > stamp(1, 8) && stamp(0, 0) == Stamp::default());
+    }
+}
