@@ -1,5 +1,6 @@
 //! Floor 3: joins sessions and stores into a shard that takes one event at a time.
 
+mod device_sync;
 mod export_table;
 mod output;
 pub mod pool_space;

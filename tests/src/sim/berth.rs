@@ -98,6 +98,9 @@ impl Subject for BerthSubject {
     fn adapt(&mut self, setup: &mut Setup) {
         let mut random = setup.random.fork("berth", 0);
         self.lanes = u32::try_from(random.range(1..=2)).expect("one or two");
+        if setup.slant.failing_syncs {
+            self.lanes = 2;
+        }
         let segments = if self.lanes == 1 { random.range(32..=40) } else { random.range(52..=64) };
         setup.disk_bytes = segments * MIB;
         setup.may_fill = random.percent(20) || setup.slant.fills;

@@ -13,6 +13,8 @@ pub struct Slant {
     pub long_requests: bool,
     /// More clients than receive buffers, who often read nothing for so long that the others would have to wait.
     pub hoarding: bool,
+    /// Two lanes on a device whose syncs often fail.
+    pub failing_syncs: bool,
 }
 
 /// A slant with a name.
@@ -24,11 +26,17 @@ pub struct Scenario {
     pub slant: Slant,
 }
 
-const PLAIN: Slant =
-    Slant { short_lives: false, fills: false, restless: false, long_requests: false, hoarding: false };
+const PLAIN: Slant = Slant {
+    short_lives: false,
+    fills: false,
+    restless: false,
+    long_requests: false,
+    hoarding: false,
+    failing_syncs: false,
+};
 
 /// All scenarios.
-pub const SCENARIOS: [Scenario; 5] = [
+pub const SCENARIOS: [Scenario; 6] = [
     // A pool of 32 MiB lost two segments at each start, until a start found too few for its checkpoint.
     Scenario { name: "short-lives", slant: Slant { short_lives: true, ..PLAIN } },
     Scenario { name: "short-lives-in-a-full-pool", slant: Slant { short_lives: true, fills: true, ..PLAIN } },
@@ -40,6 +48,8 @@ pub const SCENARIOS: [Scenario; 5] = [
     },
     // Clients at a limit kept their receive buffers, and nobody else was heard.
     Scenario { name: "hoarding-clients", slant: Slant { hoarding: true, long_requests: true, ..PLAIN } },
+    // Of two syncs at once one failed, and the lane of the other trusted what was gone.
+    Scenario { name: "failing-syncs", slant: Slant { failing_syncs: true, ..PLAIN } },
 ];
 
 /// The scenario of this name.

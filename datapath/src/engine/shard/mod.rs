@@ -17,6 +17,7 @@ mod status;
 mod task;
 mod write;
 
+use super::device_sync::DeviceSync;
 use super::export_table::ExportTable;
 use super::pool_space::PoolSpace;
 use super::ports::{ConnectionId, DeviceError, DeviceIndex, Effect, Engine, Event, Token};
@@ -70,6 +71,10 @@ pub struct Shard<M> {
     pages: Pages,
     lanes: Vec<ShardLane>,
     spaces: Vec<PoolSpace>,
+    /// Per pool.
+    syncs: Vec<DeviceSync>,
+    /// Emptied, kept for its capacity.
+    synced: Vec<Token>,
     exports: ExportTable,
     served: Vec<Served>,
     read_only: bool,
@@ -147,6 +152,7 @@ impl<M: Memory> Shard<M> {
             spaces.push(pool.space);
         }
         assert!(lanes.len() < 256, "tokens have room for 255 lanes");
+        let syncs = spaces.iter().map(|_| DeviceSync::default()).collect();
         let connection_pages_max = pages.free_count() / CONNECTION_PAGES_SHARE;
         let request_pages = pages.free_count().saturating_sub(connection_pages_max + PAGES_KEPT);
         Shard {
@@ -155,6 +161,8 @@ impl<M: Memory> Shard<M> {
             pages,
             lanes,
             spaces,
+            syncs,
+            synced: Vec::new(),
             exports,
             served,
             read_only,
@@ -226,7 +234,20 @@ impl<M: Memory> Shard<M> {
     }
 
     fn finish_device_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
-        let lane = (token.0 >> 24) as usize;
+        let sync = &mut self.syncs[self.lanes[lane_of_token(token)].pool];
+        if !sync.is_running(token) {
+            return self.finish_lane_operation(token, result);
+        }
+        let mut served = std::mem::take(&mut self.synced);
+        sync.finish(result.is_ok(), &mut served);
+        for token in served.drain(..) {
+            self.finish_lane_operation(token, result);
+        }
+        self.synced = served;
+    }
+
+    fn finish_lane_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
+        let lane = lane_of_token(token);
         let token = DiskToken(token.0 & 0x00ff_ffff);
         self.with_lane(lane, |lane, context| lane.handle_disk(context, token, result.is_ok()));
         if result.is_err() && self.lanes[lane].lane.has_failed() {
@@ -255,14 +276,18 @@ impl<M: Memory> Shard<M> {
     }
 
     fn take_effects(&mut self, index: usize) {
-        let ShardLane { lane, device, .. } = &mut self.lanes[index];
-        let device = *device;
+        let ShardLane { lane, device, pool, .. } = &mut self.lanes[index];
+        let (device, sync) = (*device, &mut self.syncs[*pool]);
         let token = |token: DiskToken| {
             assert!(token.0 < 1 << 24, "more device operations than tokens");
             Token(u32::try_from(index).expect("few lanes") << 24 | token.0)
         };
         while let Some(effect) = lane.poll_effect() {
             self.effects.push_back(match effect {
+                DiskEffect::Sync { token: of } => {
+                    sync.request(token(of));
+                    continue;
+                }
                 DiskEffect::Read { token: of, place, memory } => Effect::DeviceRead {
                     token: token(of),
                     device,
@@ -276,8 +301,16 @@ impl<M: Memory> Shard<M> {
                     memory,
                     durable: false,
                 },
-                DiskEffect::Sync { token: of } => Effect::DeviceSync { token: token(of), device },
             });
+        }
+    }
+
+    fn start_syncs(&mut self) {
+        for sync in &mut self.syncs {
+            if let Some(token) = sync.begin() {
+                let device = self.lanes[lane_of_token(token)].device;
+                self.effects.push_back(Effect::DeviceSync { token, device });
+            }
         }
     }
 
@@ -345,6 +378,11 @@ impl<M: Memory> Shard<M> {
     }
 }
 
+/// Tokens of lanes carry the lane's position in their upper eight bits.
+fn lane_of_token(token: Token) -> usize {
+    (token.0 >> 24) as usize
+}
+
 impl<M: Memory> Engine for Shard<M> {
     type Memory = M;
     type Report = ShardReport;
@@ -376,6 +414,7 @@ impl<M: Memory> Engine for Shard<M> {
         for lane in 0..self.lanes.len() {
             self.take_effects(lane);
         }
+        self.start_syncs();
         self.start_sends();
     }
 

@@ -279,10 +279,11 @@ impl<'a, S: Subject> World<'a, S> {
     fn prepare_disk(&mut self, last: bool, random: &mut Random) {
         let swarm = self.swarm.clone();
         let errors = if random.percent(swarm.errors) { random.skewed(1_000..=50_000) } else { 0 };
+        let failing_syncs = if self.setup.slant.failing_syncs { 50_000 } else { 0 };
         let mut faults = DiskFaults {
             write_errors: if random.percent(50) { errors } else { 0 },
             read_errors: if random.percent(50) { errors } else { 0 },
-            sync_errors: if random.percent(50) { errors * 10 } else { 0 },
+            sync_errors: if random.percent(50) { errors * 10 } else { failing_syncs },
             stalls: swarm.stalls,
             lost_writes: if swarm.lies { 2_000 } else { 0 },
             misdirected_writes: if swarm.lies { 2_000 } else { 0 },
