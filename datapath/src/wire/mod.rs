@@ -9,6 +9,7 @@ use thiserror::Error;
 pub mod fields;
 pub mod nbd_handshake;
 pub mod nbd_transmission;
+pub mod peer_message;
 #[cfg(test)]
 pub(crate) mod random;
 
@@ -24,6 +25,9 @@ pub enum WireError {
     /// Bytes are left over behind the last field.
     #[error("bytes are left over behind the last field")]
     Trailing,
+    /// A checksum is wrong: the message was damaged on its way.
+    #[error("a checksum is wrong")]
+    Checksum,
     /// A string is longer than the protocol allows.
     #[error("a string is longer than the protocol allows")]
     StringLength,

@@ -1,0 +1,417 @@
+//! Messages between the nodes of a cluster.
+//!
+//! ```text
+//!   header (64 bytes, network byte order)                 what follows it
+//!    0  magic "BRTP"            4                          body: CRC32C of each payload block, 4 bytes each;
+//!    4  version 1               1                                for HELLO its own fields
+//!    5  kind                    1                          payload: the blocks, 4096 bytes each
+//!    6  change kind             1  (CHANGE, FETCHED)
+//!    7  unused                  1
+//!    8  CRC32C of header and body  4  (this field as zero)
+//!   12  body bytes              4
+//!   16  payload bytes           4
+//!   20  volume                  4
+//!   24  epoch                   4  by whose authority, or the sender's promise
+//!   28  first block             4
+//!   32  count of blocks         4
+//!   36  stamp: epoch            4
+//!   40  stamp: sequence         8
+//!   48  previous: epoch         4
+//!   52  unused                  4
+//!   56  number                  8
+//! ```
+//!
+//! The checksums of the blocks are made once, where a payload enters the cluster, and serve as the message's own: a
+//! receiver checks the payload against the body, and the body with the header.
+
+use super::WireError;
+use super::fields::Fields;
+use crate::checksum::{crc32c, crc32c_of_parts};
+use crate::limits::PIECE_BLOCKS_MAX;
+use crate::record::{NodeId, Stamp, VolumeNumber};
+use crate::units::BLOCK_BYTES;
+
+const MAGIC: &[u8; 4] = b"BRTP";
+const VERSION: u8 = 1;
+const CHECKSUM_AT: usize = 8;
+/// Bytes of a header.
+pub const PEER_HEADER_BYTES: usize = 64;
+/// Longest body.
+pub const PEER_BODY_BYTES_MAX: u32 = 4 * PIECE_BLOCKS_MAX;
+/// Longest payload.
+pub const PEER_PAYLOAD_BYTES_MAX: u32 = PIECE_BLOCKS_MAX * BLOCK_BYTES;
+/// Blocks that one change without payload may release.
+const RELEASED_BLOCKS_MAX: u32 = 1 << 20;
+const HELLO_BYTES: u32 = 24;
+
+/// What a change does to its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// New content.
+    Data,
+    /// They read as zeroes.
+    Zero,
+    /// Nobody needs them any more; they read as zeroes.
+    Trim,
+}
+
+impl ChangeKind {
+    const ALL: [(ChangeKind, u8); 3] = [(ChangeKind::Data, 1), (ChangeKind::Zero, 3), (ChangeKind::Trim, 4)];
+
+    fn code(self) -> u8 {
+        ChangeKind::ALL.iter().find(|(kind, _)| *kind == self).expect("all kinds are listed").1
+    }
+
+    fn of_code(code: u8) -> Result<ChangeKind, WireError> {
+        let found = ChangeKind::ALL.iter().find(|(_, listed)| *listed == code);
+        found.map(|(kind, _)| *kind).ok_or(WireError::Range)
+    }
+}
+
+/// A change of a volume without its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChangeHeader {
+    /// What it does.
+    pub kind: ChangeKind,
+    /// First block.
+    pub block: u32,
+    /// How many; at most a piece if there is a payload.
+    pub count: u32,
+    /// Its place in the volume's order.
+    pub stamp: Stamp,
+    /// The place of the one before it.
+    pub previous: Stamp,
+}
+
+impl ChangeHeader {
+    /// Blocks that come with it.
+    #[must_use]
+    pub fn payload_blocks(&self) -> u32 {
+        if self.kind == ChangeKind::Data { self.count } else { 0 }
+    }
+}
+
+/// The first message on a connection, both ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The sender.
+    pub node: NodeId,
+    /// Random at each start of the sender's process.
+    pub boot: u64,
+    /// What the sender can do, one bit each; unknown bits are ignored.
+    pub features: u64,
+}
+
+/// A message without checksums and payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerMessage {
+    /// Who is there.
+    Hello(Hello),
+    /// A head, or one that wants to be, asks a member to promise to accept nothing of an earlier epoch.
+    Promise {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// The promise is on stable media.
+    Promised {
+        /// The epoch.
+        epoch: u32,
+        /// The last change of the member's order.
+        last: Stamp,
+        /// For so long the member must honour a lease that it granted to an earlier head, in nanoseconds.
+        granted_ns: u64,
+    },
+    /// The sender has promised a later epoch.
+    Refused {
+        /// That epoch.
+        promised: u32,
+    },
+    /// A change for a member's log.
+    Change {
+        /// By whose authority.
+        epoch: u32,
+        /// What it is.
+        change: ChangeHeader,
+        /// Changes up to here are committed.
+        committed: u64,
+    },
+    /// All changes up to here are on the member's stable media.
+    Ack {
+        /// What the member promised.
+        epoch: u32,
+        /// Up to which sequence.
+        through: u64,
+    },
+    /// The member lacks the changes between its last one and that it was sent.
+    Gap {
+        /// What the member promised.
+        epoch: u32,
+        /// Its last change.
+        last: Stamp,
+    },
+    /// Asks for a change out of the member's log.
+    Fetch {
+        /// By whose authority.
+        epoch: u32,
+        /// Which.
+        sequence: u64,
+    },
+    /// The change asked for.
+    Fetched {
+        /// What the member promised.
+        epoch: u32,
+        /// What it is.
+        change: ChangeHeader,
+    },
+    /// The change asked for is not in the log any more.
+    FetchGone {
+        /// What the member promised.
+        epoch: u32,
+        /// Which.
+        sequence: u64,
+    },
+    /// The head asks for leave to answer reads without asking again.
+    Lease {
+        /// Whose.
+        epoch: u32,
+        /// When it asked, by its own clock, in nanoseconds.
+        asked_ns: u64,
+    },
+    /// Leave is granted.
+    Leased {
+        /// To whose.
+        epoch: u32,
+        /// The request's own moment.
+        asked_ns: u64,
+    },
+}
+
+/// A message's frame: what it is, about which volume, and what follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerFrame {
+    /// The volume; 0 for [`PeerMessage::Hello`].
+    pub volume: VolumeNumber,
+    /// The message.
+    pub message: PeerMessage,
+}
+
+mod kind {
+    pub(super) const HELLO: u8 = 1;
+    pub(super) const PROMISE: u8 = 2;
+    pub(super) const PROMISED: u8 = 3;
+    pub(super) const REFUSED: u8 = 4;
+    pub(super) const CHANGE: u8 = 5;
+    pub(super) const ACK: u8 = 6;
+    pub(super) const GAP: u8 = 7;
+    pub(super) const FETCH: u8 = 8;
+    pub(super) const FETCHED: u8 = 9;
+    pub(super) const FETCH_GONE: u8 = 10;
+    pub(super) const LEASE: u8 = 11;
+    pub(super) const LEASED: u8 = 12;
+}
+
+/// The header's fields that messages use, whatever they mean to each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Words {
+    kind: u8,
+    change: u8,
+    epoch: u32,
+    block: u32,
+    count: u32,
+    stamp: Stamp,
+    previous: Stamp,
+    number: u64,
+}
+
+impl PeerFrame {
+    /// Appends header and body; the payload follows it on the wire. `checksums` are those of the payload's blocks.
+    ///
+    /// # Panics
+    /// If there are not as many checksums as payload blocks.
+    pub fn encode(&self, checksums: &[u32], out: &mut Vec<u8>) {
+        let words = self.words();
+        let payload_blocks = self.payload_blocks();
+        assert_eq!(checksums.len(), payload_blocks as usize, "one checksum per block");
+        let start = out.len();
+        let body_bytes = self.body_bytes();
+        out.extend(MAGIC);
+        out.extend([VERSION, words.kind, words.change, 0]);
+        out.extend([0; 4]);
+        out.extend(body_bytes.to_be_bytes());
+        out.extend((payload_blocks * BLOCK_BYTES).to_be_bytes());
+        out.extend(self.volume.0.to_be_bytes());
+        out.extend(words.epoch.to_be_bytes());
+        out.extend(words.block.to_be_bytes());
+        out.extend(words.count.to_be_bytes());
+        out.extend(words.stamp.epoch.to_be_bytes());
+        out.extend(words.stamp.sequence.to_be_bytes());
+        out.extend(words.previous.epoch.to_be_bytes());
+        out.extend([0; 4]);
+        out.extend(words.number.to_be_bytes());
+        assert_eq!(out.len() - start, PEER_HEADER_BYTES);
+        if let PeerMessage::Hello(hello) = self.message {
+            out.extend(hello.node.0.to_be_bytes());
+            out.extend([0; 4]);
+            out.extend(hello.boot.to_be_bytes());
+            out.extend(hello.features.to_be_bytes());
+        }
+        checksums.iter().for_each(|crc| out.extend(crc.to_be_bytes()));
+        let crc = crc32c(&out[start..]);
+        out[start + CHECKSUM_AT..start + CHECKSUM_AT + 4].copy_from_slice(&crc.to_be_bytes());
+    }
+
+    /// Blocks of payload behind header and body.
+    #[must_use]
+    pub fn payload_blocks(&self) -> u32 {
+        match self.message {
+            PeerMessage::Change { change, .. } | PeerMessage::Fetched { change, .. } => {
+                change.payload_blocks()
+            }
+            _ => 0,
+        }
+    }
+
+    fn body_bytes(&self) -> u32 {
+        match self.message {
+            PeerMessage::Hello(_) => HELLO_BYTES,
+            _ => 4 * self.payload_blocks(),
+        }
+    }
+
+    fn words(&self) -> Words {
+        let plain = |kind, epoch| Words { kind, epoch, ..Words::default() };
+        let of_change = |words: Words, change: ChangeHeader| Words {
+            change: change.kind.code(),
+            block: change.block,
+            count: change.count,
+            stamp: change.stamp,
+            previous: change.previous,
+            ..words
+        };
+        match self.message {
+            PeerMessage::Hello(_) => plain(kind::HELLO, 0),
+            PeerMessage::Promise { epoch } => plain(kind::PROMISE, epoch),
+            PeerMessage::Promised { epoch, last, granted_ns } => {
+                Words { stamp: last, number: granted_ns, ..plain(kind::PROMISED, epoch) }
+            }
+            PeerMessage::Refused { promised } => plain(kind::REFUSED, promised),
+            PeerMessage::Change { epoch, change, committed } => {
+                of_change(Words { number: committed, ..plain(kind::CHANGE, epoch) }, change)
+            }
+            PeerMessage::Ack { epoch, through } => Words { number: through, ..plain(kind::ACK, epoch) },
+            PeerMessage::Gap { epoch, last } => Words { stamp: last, ..plain(kind::GAP, epoch) },
+            PeerMessage::Fetch { epoch, sequence } => Words { number: sequence, ..plain(kind::FETCH, epoch) },
+            PeerMessage::Fetched { epoch, change } => of_change(plain(kind::FETCHED, epoch), change),
+            PeerMessage::FetchGone { epoch, sequence } => {
+                Words { number: sequence, ..plain(kind::FETCH_GONE, epoch) }
+            }
+            PeerMessage::Lease { epoch, asked_ns } => Words { number: asked_ns, ..plain(kind::LEASE, epoch) },
+            PeerMessage::Leased { epoch, asked_ns } => {
+                Words { number: asked_ns, ..plain(kind::LEASED, epoch) }
+            }
+        }
+    }
+
+    /// How long the body is that follows this header. Nothing but the magic number, the version and the lengths has been
+    /// checked when this returns: the rest needs the body.
+    ///
+    /// # Errors
+    /// [`WireError::Magic`], [`WireError::Kind`] for another version, [`WireError::Range`] for a length that no message has.
+    pub fn body_length(header: &[u8; PEER_HEADER_BYTES]) -> Result<u32, WireError> {
+        let mut fields = Fields::new(header);
+        if &fields.array()? != MAGIC {
+            return Err(WireError::Magic);
+        }
+        let [version, ..] = fields.array::<4>()?;
+        if version != VERSION {
+            return Err(WireError::Kind);
+        }
+        let (_, body, payload) = (fields.u32()?, fields.u32()?, fields.u32()?);
+        let sensible = body <= PEER_BODY_BYTES_MAX.max(HELLO_BYTES)
+            && payload <= PEER_PAYLOAD_BYTES_MAX
+            && payload.is_multiple_of(BLOCK_BYTES);
+        if sensible { Ok(body) } else { Err(WireError::Range) }
+    }
+
+    /// Reads header and body; the body are the bytes that [`Self::body_length`] gave.
+    ///
+    /// # Errors
+    /// [`WireError::Checksum`] if header or body are damaged, [`WireError::Range`] if a field cannot be, and
+    /// [`WireError::Kind`] for a kind that does not exist.
+    pub fn decode(bytes: &[u8]) -> Result<PeerFrame, WireError> {
+        let (header, body) = bytes.split_first_chunk::<PEER_HEADER_BYTES>().ok_or(WireError::Truncated)?;
+        if Self::body_length(header)? as usize != body.len() {
+            return Err(WireError::Truncated);
+        }
+        let stated = u32::from_be_bytes(header[CHECKSUM_AT..CHECKSUM_AT + 4].try_into().expect("four bytes"));
+        let parts = [&header[..CHECKSUM_AT], &[0; 4], &header[CHECKSUM_AT + 4..], body];
+        if crc32c_of_parts(&parts) != stated {
+            return Err(WireError::Checksum);
+        }
+        let mut fields = Fields::new(&header[4..]);
+        let [_, kind, change, _] = fields.array()?;
+        let _ = (fields.u32()?, fields.u32()?);
+        let payload_bytes = fields.u32()?;
+        let volume = VolumeNumber(fields.u32()?);
+        let (epoch, block, count) = (fields.u32()?, fields.u32()?, fields.u32()?);
+        let stamp = Stamp { epoch: fields.u32()?, sequence: fields.u64()? };
+        let previous = Stamp { epoch: fields.u32()?, sequence: stamp.sequence.wrapping_sub(1) };
+        let _ = fields.u32()?;
+        let number = fields.u64()?;
+        let words = Words { kind, change, epoch, block, count, stamp, previous, number };
+        let frame = PeerFrame { volume, message: words.message(body)? };
+        let fits = frame.body_bytes() as usize == body.len()
+            && frame.payload_blocks() * BLOCK_BYTES == payload_bytes;
+        if fits { Ok(frame) } else { Err(WireError::Range) }
+    }
+
+    /// The checksums in the body of a message that was decoded.
+    pub fn checksums(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
+        let body = &bytes[PEER_HEADER_BYTES..];
+        body.chunks_exact(4).map(|crc| u32::from_be_bytes(crc.try_into().expect("four bytes")))
+    }
+}
+
+impl Words {
+    fn message(self, body: &[u8]) -> Result<PeerMessage, WireError> {
+        let Words { epoch, stamp, number, .. } = self;
+        Ok(match self.kind {
+            kind::HELLO => {
+                let mut fields = Fields::new(body);
+                let node = NodeId(fields.u32()?);
+                let _ = fields.u32()?;
+                PeerMessage::Hello(Hello { node, boot: fields.u64()?, features: fields.u64()? })
+            }
+            kind::PROMISE => PeerMessage::Promise { epoch },
+            kind::PROMISED => PeerMessage::Promised { epoch, last: stamp, granted_ns: number },
+            kind::REFUSED => PeerMessage::Refused { promised: epoch },
+            kind::CHANGE => PeerMessage::Change { epoch, change: self.change()?, committed: number },
+            kind::ACK => PeerMessage::Ack { epoch, through: number },
+            kind::GAP => PeerMessage::Gap { epoch, last: stamp },
+            kind::FETCH => PeerMessage::Fetch { epoch, sequence: number },
+            kind::FETCHED => PeerMessage::Fetched { epoch, change: self.change()? },
+            kind::FETCH_GONE => PeerMessage::FetchGone { epoch, sequence: number },
+            kind::LEASE => PeerMessage::Lease { epoch, asked_ns: number },
+            kind::LEASED => PeerMessage::Leased { epoch, asked_ns: number },
+            _ => return Err(WireError::Kind),
+        })
+    }
+
+    /// A change of sense: some blocks, and a predecessor that can have come before it.
+    fn change(self) -> Result<ChangeHeader, WireError> {
+        let kind = ChangeKind::of_code(self.change)?;
+        let most = if kind == ChangeKind::Data { PIECE_BLOCKS_MAX } else { RELEASED_BLOCKS_MAX };
+        let sensible = (1..=most).contains(&self.count)
+            && self.block.checked_add(self.count - 1).is_some()
+            && self.stamp.sequence > 0
+            && self.previous.epoch <= self.stamp.epoch;
+        if !sensible {
+            return Err(WireError::Range);
+        }
+        let Words { block, count, stamp, previous, .. } = self;
+        Ok(ChangeHeader { kind, block, count, stamp, previous })
+    }
+}
+
+#[cfg(test)]
+mod tests;

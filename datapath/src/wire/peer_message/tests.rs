@@ -1,0 +1,142 @@
+use super::*;
+use crate::wire::random::Xorshift;
+
+const STAMP: Stamp = Stamp { epoch: 3, sequence: 0x0102_0304_0506 };
+const CHANGE: ChangeHeader = ChangeHeader {
+    kind: ChangeKind::Data,
+    block: 100,
+    count: 2,
+    stamp: STAMP,
+    previous: Stamp { epoch: 2, sequence: STAMP.sequence - 1 },
+};
+
+fn frame(message: PeerMessage) -> PeerFrame {
+    PeerFrame { volume: VolumeNumber(9), message }
+}
+
+fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
+    let released = ChangeHeader { kind: ChangeKind::Trim, count: 70_000, ..CHANGE };
+    let plain = [
+        PeerMessage::Promise { epoch: 4 },
+        PeerMessage::Promised { epoch: 4, last: STAMP, granted_ns: 7 },
+        PeerMessage::Refused { promised: 5 },
+        PeerMessage::Change { epoch: 4, change: released, committed: 8 },
+        PeerMessage::Ack { epoch: 4, through: 8 },
+        PeerMessage::Gap { epoch: 4, last: STAMP },
+        PeerMessage::Fetch { epoch: 4, sequence: 8 },
+        PeerMessage::FetchGone { epoch: 4, sequence: 8 },
+        PeerMessage::Lease { epoch: 4, asked_ns: 99 },
+        PeerMessage::Leased { epoch: 4, asked_ns: 99 },
+    ];
+    let hello = Hello { node: NodeId(3), boot: 0x1122, features: 1 };
+    let mut all: Vec<_> = plain.map(|message| (frame(message), Vec::new())).into();
+    all.push((PeerFrame { volume: VolumeNumber(0), message: PeerMessage::Hello(hello) }, Vec::new()));
+    all.push((frame(PeerMessage::Change { epoch: 4, change: CHANGE, committed: 8 }), vec![0xaabb, 0xccdd]));
+    all.push((frame(PeerMessage::Fetched { epoch: 4, change: CHANGE }), vec![1, 2]));
+    all
+}
+
+fn encoded(frame: PeerFrame, checksums: &[u32]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    frame.encode(checksums, &mut bytes);
+    bytes
+}
+
+#[test]
+fn every_message_is_read_back() {
+    for (frame, checksums) in all_messages() {
+        let bytes = encoded(frame, &checksums);
+        let header = bytes.first_chunk().unwrap();
+        assert_eq!(PeerFrame::body_length(header).unwrap() as usize, bytes.len() - PEER_HEADER_BYTES);
+        assert_eq!(PeerFrame::decode(&bytes), Ok(frame));
+        if frame.payload_blocks() > 0 {
+            assert_eq!(PeerFrame::checksums(&bytes).collect::<Vec<_>>(), checksums);
+        }
+    }
+}
+
+#[test]
+fn a_change_keeps_its_bytes() {
+    let change = frame(PeerMessage::Change { epoch: 4, change: CHANGE, committed: 8 });
+    let bytes = encoded(change, &[0xaabb, 0xccdd]);
+    let golden = [
+        &b"BRTP\x01\x05\x01\0"[..],
+        &bytes[8..12],
+        &[0, 0, 0, 8, 0, 0, 0x20, 0, 0, 0, 0, 9, 0, 0, 0, 4, 0, 0, 0, 100, 0, 0, 0, 2, 0, 0, 0, 3],
+        &[0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8],
+        &[0, 0, 0xaa, 0xbb, 0, 0, 0xcc, 0xdd],
+    ];
+    assert_eq!(bytes, golden.concat());
+    assert_eq!(bytes[8..12], 0xd270_ae2e_u32.to_be_bytes());
+}
+
+#[test]
+fn every_flipped_bit_is_noticed() {
+    for (frame, checksums) in all_messages() {
+        let bytes = encoded(frame, &checksums);
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(PeerFrame::decode(&damaged).is_err(), "bit {bit} of {frame:?}");
+        }
+        for end in 0..bytes.len() {
+            assert!(PeerFrame::decode(&bytes[..end]).is_err());
+        }
+    }
+}
+
+/// Writes fields and makes the checksum right again, as an attacker would.
+fn forged(frame: PeerFrame, checksums: &[u32], edits: &[(usize, u32)]) -> Vec<u8> {
+    let mut bytes = encoded(frame, checksums);
+    for (at, value) in edits {
+        bytes[*at..at + 4].copy_from_slice(&value.to_be_bytes());
+    }
+    bytes[CHECKSUM_AT..CHECKSUM_AT + 4].fill(0);
+    let crc = crc32c(&bytes);
+    bytes[CHECKSUM_AT..CHECKSUM_AT + 4].copy_from_slice(&crc.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn fields_that_cannot_be_are_refused() {
+    let change = frame(PeerMessage::Change { epoch: 4, change: CHANGE, committed: 8 });
+    let released = ChangeHeader { kind: ChangeKind::Zero, ..CHANGE };
+    let released = frame(PeerMessage::Change { epoch: 4, change: released, committed: 8 });
+    let data: [&[(usize, u32)]; 7] = [
+        &[(32, 0)],               // no blocks
+        &[(32, 3)],               // more blocks than came
+        &[(28, u32::MAX)],        // beyond the last block
+        &[(48, 4)],               // after a later epoch
+        &[(40, 0), (44, 0)],      // sequence 0
+        &[(16, 3 * BLOCK_BYTES)], // a payload longer than the blocks
+        &[(16, BLOCK_BYTES / 2)], // no whole blocks
+    ];
+    for edits in data {
+        assert_eq!(PeerFrame::decode(&forged(change, &[1, 2], edits)), Err(WireError::Range), "{edits:?}");
+    }
+    for edits in [&[(32, RELEASED_BLOCKS_MAX + 1)][..], &[(16, BLOCK_BYTES)]] {
+        assert_eq!(PeerFrame::decode(&forged(released, &[], edits)), Err(WireError::Range), "{edits:?}");
+    }
+    let mut header = *encoded(change, &[1, 2]).first_chunk::<PEER_HEADER_BYTES>().unwrap();
+    for (at, value, error) in
+        [(0, 0, WireError::Magic), (4, 2 << 24, WireError::Kind), (12, u32::MAX, WireError::Range)]
+    {
+        let right: [u8; 4] = header[at..at + 4].try_into().unwrap();
+        header[at..at + 4].copy_from_slice(&u32::to_be_bytes(value));
+        assert_eq!(PeerFrame::body_length(&header), Err(error));
+        header[at..at + 4].copy_from_slice(&right);
+    }
+    assert_eq!(PeerFrame::decode(&forged(change, &[1, 2], &[(4, 0x0120_0100)])), Err(WireError::Kind));
+}
+
+#[test]
+fn noise_makes_nothing_panic() {
+    let mut random = Xorshift::new(7);
+    let messages = all_messages();
+    for _ in 0..20_000 {
+        let (frame, checksums) = &messages[random.below(messages.len())];
+        let at = 12 + 4 * random.below(13);
+        let value = u32::try_from(random.number() & 0xffff_ffff).unwrap();
+        let _ = PeerFrame::decode(&forged(*frame, checksums, &[(at, value)]));
+    }
+}
