@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | 0 | [`units`], [`limits`], [`request`], [`record`], [`checksum`], [`memory`] | the words of the domain |
 //! | 1 | [`wire`] | byte layouts of the protocols, as pure encoders and decoders |
-//! | 2 | [`session`], [`store`] | state machines; they do not know each other |
+//! | 2 | [`session`], [`store`], [`replica`] | state machines; they do not know each other |
 //! | 3 | [`engine`] | joins the machines into a shard, one event at a time |
 //! | 4 | [`reactor`] | io_uring, files and sockets; the only floor with `unsafe` code |
 //!
@@ -20,6 +20,7 @@ pub mod limits;
 pub mod memory;
 pub mod reactor;
 pub mod record;
+pub mod replica;
 pub mod request;
 pub mod session;
 pub mod store;

@@ -83,6 +83,8 @@ pub struct Record {
     pub epoch: u32,
     /// Has the epoch begun to serve?
     pub started: bool,
+    /// The last epoch that began to serve; 0: none yet.
+    pub last_started: u32,
     /// The epoch's head.
     pub head: Option<HeadSession>,
     /// The replicas whose acknowledgement every change needs, ascending.
@@ -123,6 +125,7 @@ impl Record {
             proposal: 0,
             epoch: 0,
             started: false,
+            last_started: 0,
             head: None,
             min_in_sync: if in_sync.len() >= 3 { 2 } else { 1 },
             in_sync,

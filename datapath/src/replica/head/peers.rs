@@ -1,0 +1,97 @@
+//! What the head knows of each member.
+
+use crate::record::{NodeId, Stamp};
+use crate::units::Moment;
+
+/// How far the head is with a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// There is no connection.
+    Away,
+    /// Asked for its promise.
+    Asked,
+    /// It follows this epoch and is sent changes.
+    Following,
+}
+
+/// A member.
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
+    pub(super) node: NodeId,
+    pub(super) phase: Phase,
+    /// Since when it is in that phase.
+    pub(super) since: Moment,
+    /// Its last change when it promised.
+    pub(super) reported: Option<Stamp>,
+    /// Until when it honours a lease that it granted to an earlier head.
+    pub(super) grants_until: Moment,
+    /// Changes up to here are on its stable media.
+    pub(super) acked: u64,
+    /// When it last acknowledged something new.
+    pub(super) acked_at: Moment,
+    /// Changes up to here were sent on its connection.
+    pub(super) sent: u64,
+    /// Until when it gave leave to read.
+    pub(super) leased_until: Moment,
+}
+
+/// All members, by node.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Peers(Vec<Peer>);
+
+impl Peers {
+    pub(super) fn new(now: Moment, nodes: &[NodeId]) -> Peers {
+        let peer = |node: &NodeId| Peer {
+            node: *node,
+            phase: Phase::Away,
+            since: now,
+            reported: None,
+            grants_until: Moment::default(),
+            acked: 0,
+            acked_at: now,
+            sent: 0,
+            leased_until: Moment::default(),
+        };
+        Peers(nodes.iter().map(peer).collect())
+    }
+
+    pub(super) fn get(&self, node: NodeId) -> Option<&Peer> {
+        self.0.iter().find(|peer| peer.node == node)
+    }
+
+    pub(super) fn get_mut(&mut self, node: NodeId) -> Option<&mut Peer> {
+        self.0.iter_mut().find(|peer| peer.node == node)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Peer> {
+        self.0.iter()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Peer> {
+        self.0.iter_mut()
+    }
+
+    /// Forgets all others.
+    pub(super) fn keep(&mut self, keep: impl Fn(&Peer) -> bool) {
+        self.0.retain(keep);
+    }
+
+    /// Up to where all of `nodes` have everything on stable media.
+    pub(super) fn acked_by_all(&self, nodes: &[NodeId]) -> u64 {
+        let acked = |node: &NodeId| self.get(*node).map_or(0, |peer| peer.acked);
+        nodes.iter().map(acked).min().unwrap_or(0)
+    }
+
+    /// Have all of `nodes` given leave to read?
+    pub(super) fn all_leased(&self, nodes: &[NodeId], now: Moment) -> bool {
+        let leased = |node: &NodeId| self.get(*node).is_some_and(|peer| peer.leased_until > now);
+        !nodes.is_empty() && nodes.iter().all(leased)
+    }
+}
+
+impl Peer {
+    pub(super) fn enter(&mut self, phase: Phase, now: Moment) {
+        self.phase = phase;
+        self.since = now;
+    }
+}

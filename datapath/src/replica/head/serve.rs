@@ -1,0 +1,262 @@
+//! Serving: numbers, acknowledgements, leases, and members that fail.
+
+use super::peers::Phase;
+use super::view::proposal_of;
+use super::{
+    Head, HeadEffect, Lead, MEMBER_PATIENCE_NS, PROPOSE_AGAIN_NS, Role, Stage, SubmitError, Windowed,
+};
+use crate::record::{NodeId, StaleReplica, Stamp};
+use crate::replica::{LEASE_DRIFT_NS, LEASE_EVERY_NS, LEASE_NS};
+use crate::units::Moment;
+use crate::wire::peer_message::{ChangeHeader, ChangeKind};
+
+impl Head {
+    /// Numbers a change and sends it to all members. [`HeadEffect::Committed`] will name the cookie.
+    ///
+    /// # Errors
+    /// [`SubmitError::NotServing`]: nothing was done.
+    pub fn submit(
+        &mut self,
+        now: Moment,
+        cookie: u32,
+        kind: ChangeKind,
+        block: u32,
+        count: u32,
+    ) -> Result<Stamp, SubmitError> {
+        let Role::Lead(lead) = &mut self.role else { return Err(SubmitError::NotServing) };
+        if lead.stage != Stage::Serving {
+            return Err(SubmitError::NotServing);
+        }
+        let previous = lead.last;
+        let stamp = Stamp { epoch: lead.epoch, sequence: previous.sequence + 1 };
+        let change = ChangeHeader { kind, block, count, stamp, previous };
+        lead.last = stamp;
+        if lead.window.is_empty() {
+            // Nobody owed anything until now.
+            lead.peers.iter_mut().for_each(|peer| peer.acked_at = now);
+        }
+        lead.window.push_back(Windowed { change, cookie: Some(cookie) });
+        self.stream_to_all(now);
+        Ok(stamp)
+    }
+
+    /// There is a connection to a member.
+    pub fn member_up(&mut self, now: Moment, member: NodeId) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let Some(peer) = lead.peers.get_mut(member) else { return };
+        peer.enter(Phase::Asked, now);
+        self.effects.push_back(HeadEffect::Promise { member, epoch: lead.epoch });
+    }
+
+    /// The connection to a member is gone, and with it whatever was on its way.
+    pub fn member_down(&mut self, now: Moment, member: NodeId) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let Some(peer) = lead.peers.get_mut(member) else { return };
+        peer.enter(Phase::Away, now);
+        if matches!(lead.stage, Stage::Bringing { .. }) {
+            self.lost_while_bringing(now, member);
+        }
+    }
+
+    /// Without this one the others may be equal already, or another source is needed.
+    fn lost_while_bringing(&mut self, now: Moment, member: NodeId) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let Stage::Bringing { source, .. } = lead.stage else { return };
+        if source == member {
+            self.ask_again(now);
+        } else {
+            self.commit(now);
+        }
+    }
+
+    /// A member follows after the view was made: it goes on where it stands.
+    pub(super) fn follows_again(&mut self, now: Moment, member: NodeId, last: Stamp) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let Some(peer) = lead.peers.get_mut(member) else { return };
+        if last.sequence < peer.acked || last > lead.last {
+            // It lost what it had on stable media, or has what nobody sent: it is not the replica that it was. It is
+            // sent nothing more, and removed for that.
+            peer.enter(Phase::Asked, peer.since);
+            return;
+        }
+        peer.acked = last.sequence;
+        peer.acked_at = now;
+        self.stream_to_all(now);
+        self.commit(now);
+    }
+
+    /// Changes up to `through` are on a member's stable media.
+    pub fn acked(&mut self, now: Moment, member: NodeId, epoch: u32, through: u64) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let last = lead.last.sequence;
+        let Some(peer) = lead.peers.get_mut(member).filter(|_| lead.epoch == epoch) else { return };
+        if through > peer.acked && through <= last {
+            peer.acked = through;
+            peer.acked_at = now;
+            self.commit(now);
+        }
+    }
+
+    /// A member lacks something between its last change and what it was sent: it is sent that again.
+    pub fn gap(&mut self, now: Moment, member: NodeId, epoch: u32, last: Stamp) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let committed = lead.committed;
+        let Some(peer) = lead.peers.get_mut(member).filter(|_| lead.epoch == epoch) else { return };
+        if last.sequence >= committed.max(peer.acked) && last.sequence < peer.sent {
+            peer.sent = last.sequence;
+            self.stream_to_all(now);
+        }
+    }
+
+    /// A lease that was asked for at `asked`.
+    pub fn leased(&mut self, member: NodeId, epoch: u32, asked: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        if let Some(peer) = lead.peers.get_mut(member).filter(|_| lead.epoch == epoch) {
+            peer.leased_until = peer.leased_until.max(asked.after_ns(LEASE_NS - LEASE_DRIFT_NS));
+        }
+    }
+
+    pub(super) fn stream_to_all(&mut self, now: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let last = lead.last.sequence;
+        for peer in lead.peers.iter_mut().filter(|peer| peer.phase == Phase::Following) {
+            if peer.sent == peer.acked && peer.sent < last {
+                peer.acked_at = now;
+            }
+            // What is committed, all that were needed have; one that is not cannot be served from the window.
+            let first = peer.sent.max(lead.committed) + 1;
+            let skipped = usize::try_from(first - (lead.committed + 1)).expect("a window in memory");
+            for Windowed { change, .. } in lead.window.iter().skip(skipped) {
+                let (member, epoch, change) = (peer.node, lead.epoch, *change);
+                self.effects.push_back(HeadEffect::Change { member, epoch, change });
+            }
+            peer.sent = last;
+        }
+    }
+
+    /// Lets go of what everybody needed has on stable media.
+    pub(super) fn commit(&mut self, now: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let needed = match lead.stage {
+            Stage::Bringing { .. } => {
+                let following = lead.peers.iter().filter(|peer| peer.phase == Phase::Following);
+                following.map(|peer| peer.node).collect()
+            }
+            _ => lead.needed(&self.record),
+        };
+        let through = lead.peers.acked_by_all(&needed);
+        while lead.window.front().is_some_and(|first| first.change.stamp.sequence <= through) {
+            let Windowed { change, cookie, .. } = lead.window.pop_front().expect("looked at");
+            lead.committed = change.stamp.sequence;
+            self.effects.push_back(HeadEffect::Committed { sequence: lead.committed, cookie });
+        }
+        self.bring_on(now);
+    }
+
+    /// Somebody changed the record within the epoch, most often this head.
+    pub(super) fn record_changed(&mut self, now: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let record = &self.record;
+        lead.peers.keep(|peer| record.is_in_sync(peer.node));
+        self.commit(now);
+    }
+
+    /// Time has passed: see [`Self::poll_timeout`].
+    pub fn handle_timeout(&mut self, now: Moment) {
+        self.propose_again(now);
+        self.finish_gathering(now);
+        self.give_up_waiting(now);
+        self.serve_if_waited(now);
+        self.ask_for_leases(now);
+        self.remove_failed(now);
+    }
+
+    fn propose_again(&mut self, now: Moment) {
+        let (proposal, again_at) = match &mut self.role {
+            Role::Proposing { wanted, again_at } => (wanted, again_at),
+            Role::Lead(lead) => match &mut lead.open {
+                Some((open, again_at)) => (open, again_at),
+                None => return,
+            },
+            Role::Idle => return,
+        };
+        if *again_at <= now {
+            *again_at = now.after_ns(PROPOSE_AGAIN_NS);
+            self.effects.push_back(HeadEffect::Propose(proposal.clone()));
+        }
+    }
+
+    fn ask_for_leases(&mut self, now: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        if lead.stage != Stage::Serving || lead.ask_leases_at > now {
+            return;
+        }
+        lead.ask_leases_at = now.after_ns(LEASE_EVERY_NS);
+        for peer in lead.peers.iter().filter(|peer| peer.phase == Phase::Following) {
+            self.effects.push_back(HeadEffect::Lease { member: peer.node, epoch: lead.epoch });
+        }
+    }
+
+    /// Asks for the removal of one member that has failed, if enough others remain. Nothing is acknowledged without it
+    /// before the record says so.
+    fn remove_failed(&mut self, now: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let serving = matches!(lead.stage, Stage::Serving | Stage::Waiting { .. });
+        let left = self.record.in_sync.len().saturating_sub(1);
+        if !serving || lead.open.is_some() || left < self.record.min_in_sync.max(1) as usize {
+            return;
+        }
+        let failed =
+            self.record.in_sync.iter().find(|node| lead.failed_at(**node).is_some_and(|at| at <= now));
+        let Some(failed) = failed.copied() else { return };
+        let mut wanted = Box::new(self.record.clone());
+        wanted.version += 1;
+        wanted.proposal = proposal_of(&self.record);
+        wanted.in_sync.retain(|node| *node != failed);
+        wanted.stale.push(StaleReplica { node: failed, since_version: wanted.version });
+        wanted.stale.sort_by_key(|replica| replica.node);
+        lead.open = Some((wanted.clone(), now.after_ns(PROPOSE_AGAIN_NS)));
+        self.effects.push_back(HeadEffect::Propose(wanted));
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        let lead = match &self.role {
+            Role::Idle => return None,
+            Role::Proposing { again_at, .. } => return Some(*again_at),
+            Role::Lead(lead) => lead,
+        };
+        let again = lead.open.as_ref().map(|(_, again_at)| *again_at);
+        let stage = match lead.stage {
+            Stage::Gathering { until } | Stage::Waiting { until } | Stage::Bringing { until, .. } => {
+                Some(until)
+            }
+            Stage::Serving => Some(lead.ask_leases_at),
+            Stage::Starting => None,
+        };
+        let may_remove = lead.open.is_none()
+            && matches!(lead.stage, Stage::Serving | Stage::Waiting { .. })
+            && self.record.in_sync.len() > self.record.min_in_sync.max(1) as usize;
+        let removal = if may_remove {
+            self.record.in_sync.iter().filter_map(|node| lead.failed_at(*node)).min()
+        } else {
+            None
+        };
+        again.into_iter().chain(stage).chain(removal).min()
+    }
+}
+
+impl Lead {
+    /// When a member counts as failed if nothing more is heard of it; never while it owes nothing.
+    fn failed_at(&self, node: NodeId) -> Option<crate::units::Moment> {
+        let Some(peer) = self.peers.get(node) else { return Some(Moment::default()) };
+        let owes = peer.acked < self.last.sequence;
+        let since = match peer.phase {
+            Phase::Following if owes => peer.acked_at,
+            Phase::Following => return None,
+            Phase::Away | Phase::Asked => peer.since,
+        };
+        Some(since.after_ns(MEMBER_PATIENCE_NS))
+    }
+}

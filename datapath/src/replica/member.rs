@@ -1,0 +1,250 @@
+//! A member: what one replica promises and accepts.
+//!
+//! ```text
+//!                    promise(e), e higher              stored
+//!   following e' ────────────────────────▶ promising e ───────▶ following e
+//!        │ ▲                                   (takes nothing of e')
+//!        ▼ │ change: the successor of the last one is appended, one that is there is acknowledged again,
+//!            anything else is answered with the member's position
+//! ```
+//!
+//! | message | of a lower epoch | of the epoch promised | of a higher epoch |
+//! |---|---|---|---|
+//! | promise | refused | reported again | stored, then reported |
+//! | change | refused | appended, acknowledged or answered with the position | a violation: heads ask for the promise first |
+//! | fetch | refused | read from the log | a violation |
+//! | lease | refused | granted | a violation |
+
+use super::{LEASE_DRIFT_NS, LEASE_NS};
+use crate::record::Stamp;
+use crate::units::Moment;
+use crate::wire::peer_message::{ChangeHeader, PeerMessage};
+
+/// What must be done about a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Send this back.
+    Answer(PeerMessage),
+    /// Store the promise, then call [`Member::promise_stored`].
+    StorePromise(u32),
+    /// Append the change, in the order of these calls, then call [`Member::appended`].
+    Append,
+    /// Read the change out of the log and answer.
+    Fetch(u64),
+    /// Nothing now.
+    Nothing,
+    /// No correct head sends this: close the connection.
+    Violation,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Member {
+    /// On stable media.
+    promised: u32,
+    /// Being stored.
+    promising: Option<u32>,
+    /// The last change given to the log.
+    last: Stamp,
+    /// Changes up to here are on stable media.
+    durable: u64,
+    /// A report is owed as soon as everything given to the log is on stable media.
+    report_due: bool,
+    /// An acknowledgement is owed.
+    ack_due: bool,
+    /// The epoch to whose head a lease was granted, and until when it must be honoured.
+    granted: (u32, Moment),
+}
+
+impl Member {
+    /// A member as its log was found at a start. What it had granted is forgotten, so it assumes that it granted a lease
+    /// just now, to a head of some earlier epoch.
+    #[must_use]
+    pub fn new(now: Moment, promised: u32, last: Stamp) -> Member {
+        Member {
+            promised,
+            promising: None,
+            last,
+            durable: last.sequence,
+            report_due: false,
+            ack_due: false,
+            granted: (0, now.after_ns(LEASE_NS + LEASE_DRIFT_NS)),
+        }
+    }
+
+    /// The last change given to the log.
+    #[must_use]
+    pub fn last(&self) -> Stamp {
+        self.last
+    }
+
+    /// The epoch that it follows: no lower one is accepted.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.promising.unwrap_or(self.promised)
+    }
+
+    /// A message for the member. Changes and fetches of an epoch come from the head of that epoch, over one connection in
+    /// order.
+    pub fn handle(&mut self, now: Moment, message: PeerMessage) -> Step {
+        match message {
+            PeerMessage::Promise { epoch } => self.handle_promise(now, epoch),
+            PeerMessage::Change { epoch, change, .. } => self.under(epoch, |member| member.take(change)),
+            PeerMessage::Fetch { epoch, sequence } => self.under(epoch, |_| Step::Fetch(sequence)),
+            PeerMessage::Lease { epoch, asked_ns } => self.under(epoch, |member| {
+                member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
+                Step::Answer(PeerMessage::Leased { epoch, asked_ns })
+            }),
+            _ => Step::Violation,
+        }
+    }
+
+    fn handle_promise(&mut self, now: Moment, epoch: u32) -> Step {
+        if epoch < self.epoch() {
+            return Step::Answer(PeerMessage::Refused { promised: self.epoch() });
+        }
+        self.report_due = true;
+        if epoch > self.epoch() {
+            self.promising = Some(epoch);
+            return Step::StorePromise(epoch);
+        }
+        self.poll_report(now).map_or(Step::Nothing, Step::Answer)
+    }
+
+    /// Does what the head of the epoch asks for, if that is whom the member follows.
+    fn under(&mut self, epoch: u32, act: impl FnOnce(&mut Member) -> Step) -> Step {
+        if epoch < self.epoch() {
+            return Step::Answer(PeerMessage::Refused { promised: self.epoch() });
+        }
+        if epoch > self.promised {
+            return Step::Violation;
+        }
+        act(self)
+    }
+
+    fn take(&mut self, change: ChangeHeader) -> Step {
+        if change.previous == self.last {
+            self.last = change.stamp;
+            return Step::Append;
+        }
+        if change.stamp.sequence > self.last.sequence {
+            return Step::Answer(PeerMessage::Gap { epoch: self.promised, last: self.last });
+        }
+        if change.stamp.sequence == self.last.sequence && change.stamp != self.last {
+            return Step::Violation;
+        }
+        self.ack_due = true;
+        Step::Nothing
+    }
+
+    /// The promise is on stable media, and so is everything that was appended before.
+    pub fn promise_stored(&mut self, epoch: u32) {
+        self.promised = self.promised.max(epoch);
+        if self.promising == Some(epoch) {
+            self.promising = None;
+        }
+    }
+
+    /// The change is on stable media, and so is everything before it.
+    pub fn appended(&mut self, sequence: u64) {
+        assert!(
+            sequence == self.durable + 1 && sequence <= self.last.sequence,
+            "changes become durable in order"
+        );
+        self.durable = sequence;
+        self.ack_due = true;
+    }
+
+    /// The answer to a promise, when it is due: once per question.
+    pub fn poll_report(&mut self, now: Moment) -> Option<PeerMessage> {
+        let settled = self.promising.is_none() && self.durable == self.last.sequence;
+        if !self.report_due || !settled {
+            return None;
+        }
+        self.report_due = false;
+        let (epoch, until) = self.granted;
+        let granted_ns = if epoch < self.promised { until.since_ns(now) } else { 0 };
+        Some(PeerMessage::Promised { epoch: self.promised, last: self.last, granted_ns })
+    }
+
+    /// The acknowledgement that is due: one for all that became durable since the last.
+    pub fn poll_ack(&mut self) -> Option<PeerMessage> {
+        let due = std::mem::take(&mut self.ack_due) && self.promising.is_none();
+        due.then_some(PeerMessage::Ack { epoch: self.promised, through: self.durable })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::peer_message::ChangeKind;
+
+    fn stamp(epoch: u32, sequence: u64) -> Stamp {
+        Stamp { epoch, sequence }
+    }
+
+    fn change(epoch: u32, stamp: Stamp, previous_epoch: u32) -> PeerMessage {
+        let previous = Stamp { epoch: previous_epoch, sequence: stamp.sequence - 1 };
+        let change = ChangeHeader { kind: ChangeKind::Data, block: 0, count: 1, stamp, previous };
+        PeerMessage::Change { epoch, change, committed: 0 }
+    }
+
+    fn following(epoch: u32) -> Member {
+        let mut member = Member::new(Moment(0), 0, Stamp::default());
+        assert_eq!(member.handle(Moment(0), PeerMessage::Promise { epoch }), Step::StorePromise(epoch));
+        assert_eq!(member.poll_report(Moment(0)), None, "not stored yet");
+        member.promise_stored(epoch);
+        assert!(member.poll_report(Moment(0)).is_some());
+        member
+    }
+
+    #[test]
+    fn only_the_successor_is_appended() {
+        let mut member = following(1);
+        assert_eq!(member.handle(Moment(1), change(1, stamp(1, 1), 0)), Step::Append);
+        let gap = Step::Answer(PeerMessage::Gap { epoch: 1, last: stamp(1, 1) });
+        assert_eq!(member.handle(Moment(1), change(1, stamp(1, 3), 1)), gap);
+        assert_eq!(
+            (member.handle(Moment(1), change(1, stamp(1, 1), 0)), member.poll_ack()),
+            (Step::Nothing, Some(PeerMessage::Ack { epoch: 1, through: 0 }))
+        );
+        member.appended(1);
+        assert_eq!(member.poll_ack(), Some(PeerMessage::Ack { epoch: 1, through: 1 }));
+        assert_eq!(member.poll_ack(), None);
+        // The right number after another predecessor: another order.
+        assert_ne!(member.handle(Moment(1), change(1, stamp(1, 2), 0)), Step::Append);
+    }
+
+    #[test]
+    fn a_report_waits_for_what_is_being_written() {
+        let mut member = following(1);
+        member.handle(Moment(1), change(1, stamp(1, 1), 0));
+        assert_eq!(member.handle(Moment(2), PeerMessage::Promise { epoch: 3 }), Step::StorePromise(3));
+        let refused = Step::Answer(PeerMessage::Refused { promised: 3 });
+        assert_eq!(member.handle(Moment(2), change(1, stamp(1, 2), 1)), refused);
+        assert_eq!(member.handle(Moment(2), PeerMessage::Promise { epoch: 2 }), refused);
+        member.promise_stored(3);
+        assert_eq!(member.poll_report(Moment(3)), None);
+        member.appended(1);
+        let report = member.poll_report(Moment(3)).unwrap();
+        assert!(matches!(report, PeerMessage::Promised { epoch: 3, last: Stamp { sequence: 1, .. }, .. }));
+        assert_eq!(member.handle(Moment(4), change(4, stamp(4, 2), 1)), Step::Violation);
+    }
+
+    #[test]
+    fn a_grant_is_told_to_the_next_head_and_assumed_after_a_start() {
+        let mut member = following(1);
+        member.handle(Moment(1_000), PeerMessage::Lease { epoch: 1, asked_ns: 5 });
+        member.handle(Moment(2_000), PeerMessage::Promise { epoch: 2 });
+        member.promise_stored(2);
+        let left = |report| match report {
+            Some(PeerMessage::Promised { granted_ns, .. }) => granted_ns,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(left(member.poll_report(Moment(2_000))), LEASE_NS + LEASE_DRIFT_NS - 1_000);
+        let mut restarted = Member::new(Moment(9_000), 2, Stamp::default());
+        restarted.handle(Moment(9_000), PeerMessage::Promise { epoch: 3 });
+        restarted.promise_stored(3);
+        assert_eq!(left(restarted.poll_report(Moment(10_000))), LEASE_NS + LEASE_DRIFT_NS - 1_000);
+    }
+}
