@@ -272,6 +272,7 @@ fn place_volumes(
             size_blocks,
             sequence: 0,
             identity: random_bytes()?,
+            promise: 0,
             name: volume.name.to_string(),
         });
     }

@@ -31,6 +31,8 @@ const HEADER_BYTES: usize = 64;
 const ENTRY_BYTES: usize = 32;
 /// The next batch of the stream belongs to this one: neither takes effect without the other.
 const FLAG_CONTINUES: u8 = 1;
+/// The batch before this one has [`FLAG_CONTINUES`].
+const FLAG_CONTINUED: u8 = 2;
 /// Payload blocks in a batch: one piece of a request.
 pub const BATCH_PAYLOAD_BLOCKS_MAX: u32 = crate::limits::PIECE_BLOCKS_MAX;
 
@@ -53,6 +55,9 @@ pub enum EntryKind {
     /// The cleaner found the block at `old_place` damaged and gives it up: reading it is an error from now on. Takes
     /// effect only if the map still points there; no payload.
     Lost,
+    /// The replica takes no part any more in epochs below the entry's epoch. Changes no block: `block` is 0, `count` 1; no
+    /// payload.
+    Promise,
     /// A leaf of the map. Found through the root, never by rolling forward.
     Leaf,
     /// A part of a checkpoint. Found through the root, never by rolling forward.
@@ -60,12 +65,13 @@ pub enum EntryKind {
 }
 
 impl EntryKind {
-    const ALL: [(EntryKind, u8); 7] = [
+    const ALL: [(EntryKind, u8); 8] = [
         (EntryKind::Data, 1),
         (EntryKind::Move, 2),
         (EntryKind::Zero, 3),
         (EntryKind::Trim, 4),
         (EntryKind::Lost, 5),
+        (EntryKind::Promise, 6),
         (EntryKind::Leaf, 16),
         (EntryKind::Checkpoint, 17),
     ];
@@ -81,7 +87,7 @@ impl EntryKind {
     /// Do payload blocks come with it?
     #[must_use]
     pub fn has_payload(self) -> bool {
-        !matches!(self, EntryKind::Zero | EntryKind::Trim | EntryKind::Lost)
+        !matches!(self, EntryKind::Zero | EntryKind::Trim | EntryKind::Lost | EntryKind::Promise)
     }
 }
 
@@ -96,7 +102,7 @@ pub struct Entry {
     pub block: u32,
     /// How many blocks.
     pub count: u32,
-    /// Epoch in which the change was numbered.
+    /// Epoch in which the change was numbered, or that is promised.
     pub epoch: u32,
     /// Where a moved or lost block was.
     pub old_place: Place,
@@ -113,6 +119,8 @@ pub struct BatchHeader {
     pub stream: u8,
     /// Takes effect only together with the next batch of the stream.
     pub continues: bool,
+    /// Takes effect only together with the batch before it in the stream.
+    pub continued: bool,
     /// How often the pool had been opened when this was written.
     pub mount: u64,
     /// Which use of the segment this is.
@@ -192,7 +200,8 @@ impl DescriptorWriter {
         put(block, 4, &[0; 4]);
         put(block, 8, &header.lane.to_le_bytes());
         block[10] = header.stream;
-        block[11] = if header.continues { FLAG_CONTINUES } else { 0 };
+        block[11] = if header.continues { FLAG_CONTINUES } else { 0 }
+            | if header.continued { FLAG_CONTINUED } else { 0 };
         put(block, 12, &u16::try_from(self.payload_blocks).expect("bounded by the batch").to_le_bytes());
         put(block, 14, &self.entries.to_le_bytes());
         put(block, 16, &header.mount.to_le_bytes());
@@ -240,6 +249,7 @@ impl<'a> Descriptor<'a> {
             lane: u16_at(block, 8),
             stream: block[10],
             continues: block[11] & FLAG_CONTINUES != 0,
+            continued: block[11] & FLAG_CONTINUED != 0,
             mount: u64_at(block, 16),
             generation: u64_at(block, 24),
             number: u64_at(block, 32),
@@ -367,6 +377,7 @@ mod tests {
             lane: 3,
             stream: 1,
             continues: true,
+            continued: true,
             mount: 5,
             generation: 0x0102_0304,
             number: 77,
@@ -386,6 +397,7 @@ mod tests {
         writer.push(&mut block, &entry(EntryKind::Data, 2), [0x11, 0x22].into_iter());
         writer.push(&mut block, &entry(EntryKind::Trim, 500), [].into_iter());
         writer.push(&mut block, &entry(EntryKind::Leaf, 1), [0x33].into_iter());
+        writer.push(&mut block, &entry(EntryKind::Promise, 1), [].into_iter());
         writer.finish(&mut block, &header());
         block
     }
@@ -394,12 +406,12 @@ mod tests {
     fn the_descriptor_keeps_its_bytes() {
         let block = sample();
         assert_eq!(&block[..4], b"BTCH");
-        assert_eq!(&block[8..16], &[3, 0, 1, 1, 3, 0, 3, 0]);
+        assert_eq!(&block[8..16], &[3, 0, 1, 3, 3, 0, 4, 0]);
         assert_eq!(&block[16..24], &5_u64.to_le_bytes());
         assert_eq!(&block[48..56], &[0xef, 0xbe, 0xad, 0xde, 9, 0, 0, 0]);
         assert_eq!(&block[64..80], &[1, 0, 0, 0, 2, 0, 0, 0, 100, 0, 0, 0, 2, 0, 0, 0]);
         assert_eq!(&block[88..104], &[42, 0, 0, 0, 0, 0, 0, 0, 0x11, 0, 0, 0, 0x22, 0, 0, 0]);
-        assert_eq!(block[104], 4);
+        assert_eq!((block[104], block[136], block[172]), (4, 16, 6));
     }
 
     #[test]
@@ -412,7 +424,7 @@ mod tests {
         assert_eq!((entries[0].checksum(0), entries[0].checksum(1)), (0x11, 0x22));
         assert_eq!((entries[1].entry, entries[1].payload_index), (entry(EntryKind::Trim, 500), 2));
         assert_eq!((entries[2].payload_index, entries[2].checksum(0)), (2, 0x33));
-        assert_eq!(entries.len(), 3);
+        assert_eq!((entries.len(), entries[3].entry), (4, entry(EntryKind::Promise, 1)));
     }
 
     #[test]

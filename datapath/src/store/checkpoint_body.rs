@@ -2,15 +2,18 @@
 //!
 //! ```text
 //!   volumes 4, segments 4, then per volume:
-//!     number 4, epoch 4, size in blocks 8, sequence 8, identity 16, leaves 4, name length 1, name
+//!     number 4, epoch 4, size in blocks 8, sequence 8, identity 16, promise 4, leaves 4, name length 1,
+//!     name
 //!     per leaf:     leaf index 4, place 4, CRC32C 4, highest sequence 8
 //!   then per segment:  segment 4, live blocks 4, newest batch number 8
 //! ```
 //!
 //! Written in two copies; the root holds the CRC over the whole.
 
+use super::batch::Entry;
 use super::layout::{Place, SegmentIndex};
 use crate::limits::{VOLUME_BYTES_MAX, VOLUME_NAME_BYTES_MAX};
+use crate::record::Stamp;
 use crate::units::BLOCK_BYTES_U64;
 
 /// A volume as a checkpoint keeps it.
@@ -18,7 +21,7 @@ use crate::units::BLOCK_BYTES_U64;
 pub struct VolumeRecord {
     /// Its number in the pool, never given out twice.
     pub number: u32,
-    /// Epoch of its last change.
+    /// Epoch of its last change that the checkpoint includes.
     pub epoch: u32,
     /// Size in blocks.
     pub size_blocks: u64,
@@ -26,8 +29,27 @@ pub struct VolumeRecord {
     pub sequence: u64,
     /// Tells it from every other volume of this name.
     pub identity: [u8; 16],
+    /// The lowest epoch that its replica here may still take part in.
+    pub promise: u32,
     /// Its name.
     pub name: String,
+}
+
+impl VolumeRecord {
+    /// A change has taken effect. The cleaner's moves carry the stamps of the changes that they move, which are not the
+    /// last ones.
+    pub(super) fn note_change(&mut self, entry: &Entry) {
+        if entry.sequence > self.sequence {
+            self.sequence = entry.sequence;
+            self.epoch = entry.epoch;
+        }
+    }
+
+    /// The stamp of the last change in effect.
+    #[must_use]
+    pub fn stamp(&self) -> Stamp {
+        Stamp { epoch: self.epoch, sequence: self.sequence }
+    }
 }
 
 /// Where a leaf of a volume's map is.
@@ -79,6 +101,7 @@ impl BodyWriter {
         self.bytes.extend(volume.size_blocks.to_le_bytes());
         self.bytes.extend(volume.sequence.to_le_bytes());
         self.bytes.extend(volume.identity);
+        self.bytes.extend(volume.promise.to_le_bytes());
         self.leaves_at = self.bytes.len();
         self.bytes.extend(0_u32.to_le_bytes());
         self.bytes.push(name_bytes);
@@ -168,7 +191,8 @@ impl Input<'_> {
 
     fn volume(&mut self) -> Option<(VolumeRecord, Vec<LeafRecord>)> {
         let (number, epoch, size_blocks, sequence) = (self.u32()?, self.u32()?, self.u64()?, self.u64()?);
-        let (identity, leaf_count, [name_bytes]) = (self.take()?, self.u32()?, self.take::<1>()?);
+        let (identity, promise) = (self.take()?, self.u32()?);
+        let (leaf_count, [name_bytes]) = (self.u32()?, self.take::<1>()?);
         let (name, tail) = self.0.split_at_checked(usize::from(name_bytes))?;
         self.0 = tail;
         let name = String::from_utf8(name.to_vec()).ok()?;
@@ -183,7 +207,8 @@ impl Input<'_> {
                 sequence_max: self.u64()?,
             });
         }
-        sensible.then_some((VolumeRecord { number, epoch, size_blocks, sequence, identity, name }, leaves))
+        let record = VolumeRecord { number, epoch, size_blocks, sequence, identity, promise, name };
+        sensible.then_some((record, leaves))
     }
 }
 
@@ -198,6 +223,7 @@ mod tests {
             size_blocks: 1000,
             sequence: 5,
             identity: [3; 16],
+            promise: 7,
             name: name.to_owned(),
         };
         let leaf = |leaf| LeafRecord { leaf, place: Place(77), crc: 0xabcd, sequence_max: 4 };
@@ -219,8 +245,8 @@ mod tests {
         let (body, bytes) = sample();
         assert_eq!(Body::decode(&bytes), Some(body));
         assert_eq!(&bytes[..12], &[2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
-        assert_eq!(&bytes[48..57], b"\x02\0\0\0\x04data");
-        assert_eq!(&bytes[57..69], &[0, 0, 0, 0, 77, 0, 0, 0, 0xcd, 0xab, 0, 0]);
+        assert_eq!(&bytes[48..61], b"\x07\0\0\0\x02\0\0\0\x04data");
+        assert_eq!(&bytes[61..73], &[0, 0, 0, 0, 77, 0, 0, 0, 0xcd, 0xab, 0, 0]);
         assert_eq!(&bytes[bytes.len() - 16..bytes.len() - 8], &[6, 0, 0, 0, 12, 0, 0, 0]);
     }
 

@@ -529,11 +529,16 @@ fn apply_batch(
         let entry = view.entry;
         let position = recovered.volumes.iter().position(|volume| volume.number == entry.volume);
         let Some(volume) = position else { continue };
+        if entry.kind == EntryKind::Promise {
+            let promise = &mut recovered.volumes[volume].promise;
+            *promise = entry.epoch.max(*promise);
+            continue;
+        }
         let end = u64::from(entry.block) + u64::from(entry.count);
         if end > recovered.volumes[volume].size_blocks {
             continue;
         }
-        recovered.volumes[volume].sequence = recovered.volumes[volume].sequence.max(entry.sequence);
+        recovered.volumes[volume].note_change(&entry);
         for index in 0..entry.count {
             let block = entry.block + index;
             let frame = leaf_at_hand(reader, recovered, volume, block / LEAF_BLOCKS)?;
@@ -542,7 +547,7 @@ fn apply_batch(
                 EntryKind::Data | EntryKind::Move => Mapping { place, crc: view.checksum(index) },
                 EntryKind::Zero | EntryKind::Trim => Mapping { place: Place::NONE, crc: 0 },
                 EntryKind::Lost => Mapping { place: Place::LOST, crc: 0 },
-                EntryKind::Leaf | EntryKind::Checkpoint => continue,
+                EntryKind::Promise | EntryKind::Leaf | EntryKind::Checkpoint => continue,
             };
             let offset = block % LEAF_BLOCKS;
             let conditional = matches!(entry.kind, EntryKind::Move | EntryKind::Lost);

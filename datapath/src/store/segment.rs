@@ -40,6 +40,8 @@ struct Segment {
     /// The cleaner found damaged blocks and left them. When space is short it looks again, and gives them up if they
     /// are still damaged.
     damaged: bool,
+    /// Do the batches in it belong to the clients' stream? Nothing if that is not known.
+    of_clients: Option<bool>,
     newest_number: u64,
 }
 
@@ -76,6 +78,7 @@ const FOREIGN: Segment = Segment {
     unapplied: 0,
     cleaned: false,
     damaged: false,
+    of_clients: None,
     newest_number: 0,
 };
 
@@ -143,7 +146,7 @@ impl SegmentTable {
         let segment = self.free.pop_front()?;
         self.set_state(segment, SegmentState::Open);
         let slot = &mut self.segments[segment.0 as usize];
-        (slot.cleaned, slot.damaged) = (false, false);
+        (slot.cleaned, slot.damaged, slot.of_clients) = (false, false, None);
         Some(segment)
     }
 
@@ -370,6 +373,17 @@ impl SegmentTable {
     #[must_use]
     pub fn live_counts(&self) -> Vec<u32> {
         self.segments.iter().map(|segment| segment.live).collect()
+    }
+
+    /// May the segment hold batches of the clients' stream?
+    #[must_use]
+    pub fn may_be_of_clients(&self, segment: SegmentIndex) -> bool {
+        self.segments[segment.0 as usize].of_clients != Some(false)
+    }
+
+    /// It is known whose batches the segment holds.
+    pub fn note_of_clients(&mut self, segment: SegmentIndex, of_clients: bool) {
+        self.segments[segment.0 as usize].of_clients = Some(of_clients);
     }
 
     /// Number of the newest batch in a segment.

@@ -2,7 +2,7 @@
 
 use super::stream::{Batch, BatchMemory, OpenBatch, Position, Record, Stream, StreamKind};
 use super::{
-    AckPolicy, BATCH_BUFFER_PAGES, BATCH_BUFFERS_KEPT, Context, DiskEffect, Lane, Operation, OwnedPayload,
+    AckPolicy, BATCH_BUFFER_PAGES, BATCH_BUFFERS_KEPT, Context, DiskEffect, Lane, Operation, Payload,
 };
 use crate::checksum::crc32c;
 use crate::memory::Memory;
@@ -38,7 +38,7 @@ impl Lane {
                 self.seal(context, kind, false);
             }
         }
-        if self.streams[kind.index()].open.is_none() && !self.open_batch(kind, entry.kind, blocks) {
+        if self.streams[kind.index()].open.is_none() && !self.open_batch(context, kind, entry.kind, blocks) {
             return false;
         }
         let open = self.streams[kind.index()].open.as_mut().expect("just opened");
@@ -61,18 +61,15 @@ impl Lane {
         &mut self,
         context: &mut Context<'_, M>,
         entry: &Entry,
-        payload: OwnedPayload,
+        payload: Payload,
         record: Record,
     ) -> bool {
         let kind = StreamKind::Client;
         if self.streams[kind.index()].open.is_some() {
             self.seal(context, kind, false);
         }
-        if self.blocks_left(kind) < 2 {
-            if !self.can_advance(kind, entry.kind) {
-                return false;
-            }
-            self.advance_segment(kind);
+        if self.blocks_left(kind) < 2 && !self.leave_segment(context, kind, entry.kind) {
+            return false;
         }
         let left = self.blocks_left(kind);
         if left > entry.count {
@@ -91,34 +88,29 @@ impl Lane {
         &mut self,
         context: &mut Context<'_, M>,
         entry: &Entry,
-        payload: OwnedPayload,
+        payload: Payload,
         record: Record,
     ) {
         let mut checksums = [0_u32; 256];
         fill_checksums(context.memory.bytes(payload.blocks()), &mut checksums);
-        let descriptor = payload.whole.part(0, BLOCK_BYTES);
+        let whole = payload.whole();
+        let descriptor = whole.part(0, BLOCK_BYTES);
         let mut writer = DescriptorWriter::new();
         let block = context.memory.bytes_mut(descriptor);
         writer.push(block, entry, checksums[..entry.count as usize].iter().copied());
         let records = self.records_with(record);
-        let memory = BatchMemory::Pages(payload.whole);
-        self.submit(
-            context,
-            StreamKind::Client,
-            writer,
-            descriptor,
-            &[payload.whole],
-            memory,
-            records,
-            false,
-        );
+        let memory = match payload {
+            Payload::Owned(_) => BatchMemory::Pages(whole),
+            Payload::Lent(_) => BatchMemory::Lent,
+        };
+        self.submit(context, StreamKind::Client, writer, descriptor, &[whole], memory, records, false);
     }
 
     fn write_run_in_two<M: Memory>(
         &mut self,
         context: &mut Context<'_, M>,
         entry: &Entry,
-        payload: OwnedPayload,
+        payload: Payload,
         page: MemoryRange,
         first_blocks: u32,
         record: Record,
@@ -129,7 +121,8 @@ impl Lane {
         let first = Entry { count: first_blocks, ..*entry };
         let rest = Entry { block: entry.block + first_blocks, count: entry.count - first_blocks, ..*entry };
 
-        let front = payload.whole.part(0, (1 + first_blocks) * BLOCK_BYTES);
+        let whole = payload.whole();
+        let front = whole.part(0, (1 + first_blocks) * BLOCK_BYTES);
         let mut writer = DescriptorWriter::new();
         writer.push(context.memory.bytes_mut(front.part(0, BLOCK_BYTES)), &first, head.iter().copied());
         self.pin_again(&record);
@@ -147,11 +140,14 @@ impl Lane {
         );
 
         self.advance_segment(StreamKind::Client);
-        let back = payload.whole.part(front.len, payload.whole.len - front.len);
+        let back = whole.part(front.len, whole.len - front.len);
         let mut writer = DescriptorWriter::new();
         writer.push(context.memory.bytes_mut(page), &rest, tail.iter().copied());
         let records = self.records_with(record);
-        let memory = BatchMemory::TwoPages(payload.whole, page);
+        let memory = match payload {
+            Payload::Owned(_) => BatchMemory::TwoPages(whole, page),
+            Payload::Lent(_) => BatchMemory::LentAndPages(page),
+        };
         self.submit(context, StreamKind::Client, writer, page, &[page, back], memory, records, false);
     }
 
@@ -200,6 +196,7 @@ impl Lane {
             lane: u16::try_from(self.config.lane).expect("few lanes"),
             stream: kind.code(),
             continues,
+            continued: stream.under_way.back().is_some_and(|batch| batch.continues),
             mount: self.mount,
             generation: position.generation,
             number,
@@ -247,16 +244,19 @@ impl Lane {
         }
     }
 
-    pub(super) fn open_batch(&mut self, kind: StreamKind, entry: EntryKind, blocks: u32) -> bool {
+    pub(super) fn open_batch<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        kind: StreamKind,
+        entry: EntryKind,
+        blocks: u32,
+    ) -> bool {
         let kept = if kind == StreamKind::Client { BATCH_BUFFERS_KEPT } else { 0 };
         if self.batch_buffers.len() <= kept {
             return false;
         }
-        if self.blocks_left(kind) < 1 + blocks {
-            if !self.can_advance(kind, entry) {
-                return false;
-            }
-            self.advance_segment(kind);
+        if self.blocks_left(kind) < 1 + blocks && !self.leave_segment(context, kind, entry) {
+            return false;
         }
         let capacity_blocks = (self.blocks_left(kind) - 1).min(BATCH_BUFFER_PAGES - 1);
         let memory = self.batch_buffers.pop().expect("counted above");
@@ -319,6 +319,34 @@ impl Lane {
         room.saturating_sub(room / 64 + 2)
     }
 
+    /// The stream goes on to its next segment if it may. Where the mount before it ended in the segment that is left,
+    /// batches may follow that recovery discarded; if this mount has not written over the first of them yet, an empty
+    /// batch does so. The batches of a segment that the clients' stream has left are thus those that count.
+    fn leave_segment<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        kind: StreamKind,
+        entry: EntryKind,
+    ) -> bool {
+        if !self.can_advance(kind, entry) {
+            return false;
+        }
+        let position = self.streams[kind.index()].position.expect("an open stream");
+        let untouched = self.log_ends[0].is_some_and(|end| {
+            (end.segment, end.block) == (position.segment, position.block) && self.blocks_left(kind) > 0
+        });
+        if kind == StreamKind::Client && untouched && position.generation > 0 {
+            let Some(buffer) = self.batch_buffers.pop() else { return false };
+            let descriptor = buffer.part(0, BLOCK_BYTES);
+            let (memory, records) =
+                (BatchMemory::Buffer(buffer), self.record_vectors.pop().unwrap_or_default());
+            let writer = DescriptorWriter::new();
+            self.submit(context, kind, writer, descriptor, &[descriptor], memory, records, false);
+        }
+        self.advance_segment(kind);
+        true
+    }
+
     /// The stream leaves its segment for the next one and reserves one more. The map's stream is never rolled
     /// forward, so it needs no next one named in its batches.
     ///
@@ -334,6 +362,7 @@ impl Lane {
         let (segment, next_segment) =
             if kind == StreamKind::Map { (free, free) } else { (position.next_segment, free) };
         let generation = self.next_generation();
+        self.segments.note_of_clients(segment, kind == StreamKind::Client);
         self.streams[kind.index()].position = Some(Position { segment, block: 0, generation, next_segment });
     }
 
@@ -353,6 +382,10 @@ impl Lane {
                 next_segment: self.segments.open().expect("counted above"),
             });
             let generation = if end.segment == anchor { 0 } else { self.next_generation() };
+            if index == StreamKind::Client.index() && generation > 0 {
+                // The checkpoint does not list a segment without anything alive, so its age may be unknown.
+                self.segments.restore_found(end.segment, self.last_number);
+            }
             let LogEnd { segment, block, next_segment } = end;
             self.streams[index].position = Some(Position { segment, block, generation, next_segment });
         }
@@ -444,6 +477,7 @@ impl Lane {
                 EntryKind::Lost => {
                     self.apply_move(&view.entry, record, Mapping { place: Place::LOST, crc: 0 });
                 }
+                EntryKind::Promise => self.apply_promise(&view.entry, record, batch.number),
                 EntryKind::Leaf => self.apply_leaf(&view.entry, record, place, view.checksum(0)),
                 EntryKind::Checkpoint => self.apply_body(&view.entry, place),
             }
@@ -466,8 +500,7 @@ impl Lane {
     }
 
     fn apply_change(&mut self, entry: &Entry, record: &Record, place: Place, crc: impl Fn(u32) -> u32) {
-        let volume = &mut self.volumes[record.volume as usize].record;
-        volume.sequence = volume.sequence.max(entry.sequence);
+        self.volumes[record.volume as usize].record.note_change(entry);
         let first_leaf = entry.block / LEAF_BLOCKS;
         for index in 0..entry.count {
             let block = entry.block + index;
@@ -511,7 +544,8 @@ impl Lane {
                 context.pages.release(one);
                 context.pages.release(other);
             }
-            BatchMemory::Later => {}
+            BatchMemory::LentAndPages(page) => context.pages.release(page),
+            BatchMemory::Later | BatchMemory::Lent => {}
         }
     }
 
@@ -535,8 +569,12 @@ impl Lane {
                 self.release_batch_memory(context, BatchMemory::Buffer(open.memory));
             }
             for index in 0..self.streams[kind.index()].under_way.len() {
-                let records = std::mem::take(&mut self.streams[kind.index()].under_way[index].records);
-                self.fail_records(&records);
+                let batch = &mut self.streams[kind.index()].under_way[index];
+                // Who lent memory is answered when the device has let go of it.
+                if !batch.memory.is_lent() {
+                    let records = std::mem::take(&mut batch.records);
+                    self.fail_records(&records);
+                }
             }
             self.release_failed(context, kind);
         }
@@ -556,6 +594,7 @@ impl Lane {
     fn release_failed<M: Memory>(&mut self, context: &mut Context<'_, M>, kind: StreamKind) {
         while self.streams[kind.index()].under_way.front().is_some_and(|batch| batch.writes_left == 0) {
             let batch = self.streams[kind.index()].under_way.pop_front().expect("just seen");
+            self.fail_records(&batch.records);
             self.release_batch_memory(context, batch.memory);
         }
     }

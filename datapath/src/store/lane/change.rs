@@ -1,9 +1,11 @@
 //! Requests that change a volume: from the caller's hand into a batch.
 
+use super::stamped::Numbering;
 use super::stream::{Record, StreamKind};
-use super::{BlockRange, Context, Lane, OwnedPayload};
+use super::{BlockRange, Context, Lane, OwnedPayload, Payload};
 use crate::limits::EXACT_RECEIVE_BYTES_MIN;
 use crate::memory::Memory;
+use crate::record::Stamp;
 use crate::request::RequestError;
 use crate::store::batch::{Entry, EntryKind};
 use crate::store::layout::Place;
@@ -27,14 +29,52 @@ pub enum Release {
 pub(super) struct Change {
     cookie: u32,
     kind: EntryKind,
-    range: BlockRange,
-    payload: Option<OwnedPayload>,
+    pub(super) range: BlockRange,
+    payload: Option<Payload>,
     durable: bool,
+    /// Given by somebody else: the change then stands in its volume's queue.
+    pub(super) stamp: Option<Stamp>,
     frames: [Option<FrameIndex>; 2],
+    /// Leaves on their way in, for which it must not go away.
+    pub(super) leaves_coming: u8,
+    leaf_is_damaged: bool,
+    /// It stands among those that wait for space.
+    pub(super) is_blocked: bool,
     waited_for_space: bool,
 }
 
-enum Verdict {
+impl Change {
+    pub(super) fn new(
+        cookie: u32,
+        kind: EntryKind,
+        range: BlockRange,
+        payload: Option<Payload>,
+        durable: bool,
+        stamp: Option<Stamp>,
+    ) -> Change {
+        Change {
+            cookie,
+            kind,
+            range,
+            payload,
+            durable,
+            stamp,
+            frames: [None; 2],
+            leaves_coming: 0,
+            leaf_is_damaged: false,
+            is_blocked: false,
+            waited_for_space: false,
+        }
+    }
+
+    /// Those with payload wait for space in one line, those without in another.
+    fn line(&self) -> usize {
+        usize::from(self.payload.is_none())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
     Appended,
     WaitForLeaf,
     WaitForSpace,
@@ -78,6 +118,7 @@ impl Lane {
         payload: OwnedPayload,
         durable: bool,
     ) {
+        let payload = Payload::Owned(payload);
         assert_eq!(payload.blocks().len, range.count * BLOCK_BYTES);
         self.begin_change(context, cookie, EntryKind::Data, range, Some(payload), durable);
     }
@@ -104,44 +145,69 @@ impl Lane {
         cookie: u32,
         kind: EntryKind,
         range: BlockRange,
-        payload: Option<OwnedPayload>,
+        payload: Option<Payload>,
         durable: bool,
     ) {
-        let frames = [None; 2];
-        let change = Change { cookie, kind, range, payload, durable, frames, waited_for_space: false };
-        let index = self.changes.insert(change);
+        let index = self.changes.insert(Change::new(cookie, kind, range, payload, durable, None));
         self.try_change(context, index);
     }
 
     /// Takes a change as far as it can go now. Called again when a leaf has come, or space.
     pub(super) fn try_change<M: Memory>(&mut self, context: &mut Context<'_, M>, index: u32) {
-        let queue = usize::from(self.changes.get(index).payload.is_none());
-        if !self.blocked[queue].is_empty() && !self.failed {
-            self.blocked[queue].push_back(index);
-            return;
+        let change = self.changes.get(index);
+        if change.stamp.is_some() {
+            self.advance_order(context, change.range.volume);
+        } else {
+            self.advance_or_block(context, index);
         }
-        if matches!(self.advance_change(context, index), Verdict::WaitForSpace) {
-            self.blocked[queue].push_back(index);
+    }
+
+    /// Lets the change go on unless others wait for space before it. If it lacks space too, it waits behind them.
+    pub(super) fn advance_or_block<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        index: u32,
+    ) -> Verdict {
+        let line = self.changes.get(index).line();
+        let must_wait = !self.blocked[line].is_empty() && !self.failed;
+        let verdict = if must_wait { Verdict::WaitForSpace } else { self.advance_change(context, index) };
+        if verdict == Verdict::WaitForSpace {
+            self.changes.get_mut(index).is_blocked = true;
+            self.blocked[line].push_back(index);
         }
+        verdict
     }
 
     /// Space, buffers or segments may have come: changes go on in the order in which they came.
     pub(super) fn retry_blocked<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        for queue in [1, 0] {
-            while let Some(index) = self.blocked[queue].front().copied() {
-                if matches!(self.advance_change(context, index), Verdict::WaitForSpace) {
+        for line in [1, 0] {
+            while let Some(index) = self.blocked[line].front().copied() {
+                let change = self.changes.get(index);
+                let ordered = change.stamp.map(|_| change.range.volume);
+                let verdict = self.advance_change(context, index);
+                if verdict == Verdict::WaitForSpace {
                     break;
                 }
-                self.blocked[queue].pop_front();
+                self.blocked[line].pop_front();
+                if verdict == Verdict::WaitForLeaf {
+                    self.changes.get_mut(index).is_blocked = false;
+                }
+                if let Some(volume) = ordered {
+                    self.advance_order(context, volume);
+                }
             }
         }
     }
 
     /// A change waits for space and none can come, as when all garbage lies in segments that damage keeps from being
-    /// emptied: it is refused rather than left to wait for ever.
+    /// emptied: it is refused rather than left to wait for ever. One that was numbered elsewhere cannot fail singly: it
+    /// waits.
     pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        if !self.blocked[0].is_empty() && self.cleaning_is_over() {
-            let index = self.blocked[0].pop_front().expect("not empty");
+        if self.blocked[0].is_empty() || !self.cleaning_is_over() {
+            return;
+        }
+        let first = self.blocked[0].iter().position(|index| self.changes.get(*index).stamp.is_none());
+        if let Some(index) = first.and_then(|position| self.blocked[0].remove(position)) {
             self.counters.refused_no_space += 1;
             self.refuse_change(context, index, RequestError::NoSpace);
         }
@@ -151,7 +217,10 @@ impl Lane {
         let verdict = self.judge_change(context, index);
         match verdict {
             Verdict::Appended => {
-                self.changes.remove(index);
+                let change = self.changes.remove(index);
+                if change.stamp.is_some() {
+                    self.leave_order(change.range.volume, index);
+                }
             }
             Verdict::Refused(error) => self.refuse_change(context, index, error),
             Verdict::WaitForLeaf | Verdict::WaitForSpace => {}
@@ -160,17 +229,22 @@ impl Lane {
     }
 
     fn judge_change<M: Memory>(&mut self, context: &mut Context<'_, M>, index: u32) -> Verdict {
-        if self.failed {
+        let change = self.changes.get(index);
+        let (kind, range, stamp) = (change.kind, change.range, change.stamp);
+        if change.leaves_coming > 0 {
+            return Verdict::WaitForLeaf;
+        }
+        if self.failed || change.leaf_is_damaged || stamp.is_some() && self.order_is_broken(range.volume) {
             return Verdict::Refused(RequestError::Io);
         }
-        let range = self.changes.get(index).range;
-        if let Err(verdict) = self.gather_leaves(context, index, range) {
+        if let Err(verdict) = self.gather_leaves(context, index) {
             return verdict;
         }
         let change = self.changes.get(index);
-        let (kind, frames, payload) = (change.kind, change.frames, change.payload);
+        let (cookie, durable, frames, payload) =
+            (change.cookie, change.durable, change.frames, change.payload);
         let new_blocks = if payload.is_some() { self.count_new_blocks(range, frames) } else { 0 };
-        if !self.has_room_for(new_blocks) {
+        if stamp.is_none() && !self.has_room_for(new_blocks) {
             if self.unapplied_new_blocks == 0 {
                 self.counters.refused_no_space += 1;
                 return Verdict::Refused(RequestError::NoSpace);
@@ -183,10 +257,11 @@ impl Lane {
             }
             return self.wait_for_space(index);
         }
-        let change = self.changes.get(index);
-        let (cookie, durable) = (Some(change.cookie), change.durable);
-        let record = Record { volume: range.volume, frames, cookie, durable, new_blocks };
-        let entry = self.entry(kind, range);
+        let record = Record { volume: range.volume, frames, cookie: Some(cookie), durable, new_blocks };
+        let entry = match stamp {
+            Some(stamp) => self.entry_with(kind, range, stamp),
+            None => self.entry(kind, range),
+        };
         let appended = match payload {
             Some(payload) if range.count > SHARED_BLOCKS_MAX => {
                 self.append_owned(context, &entry, payload, record)
@@ -195,7 +270,7 @@ impl Lane {
                 let done =
                     self.append_small(context, StreamKind::Client, &entry, Some(payload.blocks()), record);
                 if done {
-                    context.pages.release(payload.whole);
+                    payload.let_go(context.pages);
                 }
                 done
             }
@@ -217,13 +292,16 @@ impl Lane {
         Verdict::WaitForSpace
     }
 
-    /// Brings in and pins the leaves of the range.
-    fn gather_leaves<M: Memory>(
+    /// Brings in and pins the leaves of the change, all at once.
+    pub(super) fn gather_leaves<M: Memory>(
         &mut self,
         context: &mut Context<'_, M>,
         index: u32,
-        range: BlockRange,
     ) -> Result<(), Verdict> {
+        let Change { range, kind, stamp, .. } = *self.changes.get(index);
+        if kind == EntryKind::Promise {
+            return Ok(());
+        }
         for (which, leaf) in leaves_of(range).enumerate() {
             if self.changes.get(index).frames[which].is_some() {
                 continue;
@@ -233,56 +311,91 @@ impl Lane {
             }
             let frame = match self.map.find(range.volume, leaf) {
                 Presence::Here(frame) => frame,
+                // No checkpoint will ever make room for it: a replica that cannot take a change has failed.
+                Presence::Nowhere if !self.map.has_room_for_leaf() && stamp.is_some() => {
+                    return Err(Verdict::Refused(RequestError::Io));
+                }
                 Presence::Nowhere if !self.map.has_room_for_leaf() => {
                     self.counters.refused_no_space += 1;
                     return Err(Verdict::Refused(RequestError::NoSpace));
                 }
                 Presence::Nowhere => self.map.admit(range.volume, leaf),
                 Presence::Loading(_) | Presence::Away(_) => {
+                    self.changes.get_mut(index).leaves_coming += 1;
                     self.load_leaf(context, range.volume, leaf, super::leaf::Waiter::Change(index));
-                    return Err(Verdict::WaitForLeaf);
+                    continue;
                 }
             };
             self.map.pin(frame);
             self.changes.get_mut(index).frames[which] = Some(frame);
         }
-        Ok(())
+        if self.changes.get(index).leaves_coming > 0 { Err(Verdict::WaitForLeaf) } else { Ok(()) }
     }
 
-    /// Ends a change with an error: its leaf cannot be read, or the lane has failed.
-    pub(super) fn refuse_change<M: Memory>(
+    /// A leaf of the change has come, or cannot be read. With the last one the change goes on.
+    pub(super) fn change_leaf_came<M: Memory>(
         &mut self,
         context: &mut Context<'_, M>,
         index: u32,
-        error: RequestError,
+        intact: bool,
     ) {
+        let change = self.changes.get_mut(index);
+        change.leaves_coming -= 1;
+        change.leaf_is_damaged |= !intact;
+        let (range, frames) = (change.range, change.frames);
+        // The first to come must not be pushed out before the second.
+        for (which, leaf) in leaves_of(range).enumerate() {
+            if let (None, Presence::Here(frame)) = (frames[which], self.map.find(range.volume, leaf)) {
+                self.map.pin(frame);
+                self.changes.get_mut(index).frames[which] = Some(frame);
+            }
+        }
+        if self.changes.get(index).leaves_coming == 0 {
+            self.try_change(context, index);
+        }
+    }
+
+    /// Ends a change with an error: its leaf cannot be read, or the lane has failed. What is numbered after it cannot be
+    /// appended either: there would be a gap.
+    fn refuse_change<M: Memory>(&mut self, context: &mut Context<'_, M>, index: u32, error: RequestError) {
         let change = self.changes.remove(index);
         change.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
+        if change.stamp.is_some() {
+            self.leave_order(change.range.volume, index);
+            self.break_order(change.range.volume);
+        }
         if let Some(payload) = change.payload {
-            context.pages.release(payload.whole);
+            payload.let_go(context.pages);
         }
         self.complete(change.cookie, Err(error));
     }
 
     /// The lane has failed: what waits for space waits in vain. What waits for a leaf is refused when that comes.
     pub(super) fn fail_changes<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        for queue in [0, 1] {
-            while let Some(index) = self.blocked[queue].pop_front() {
-                self.refuse_change(context, index, RequestError::Io);
+        for line in [0, 1] {
+            while let Some(index) = self.blocked[line].pop_front() {
+                self.changes.get_mut(index).is_blocked = false;
+                self.try_change(context, index);
             }
         }
     }
 
-    fn entry(&self, kind: EntryKind, range: BlockRange) -> Entry {
-        let volume = &self.volumes[range.volume as usize];
+    fn entry(&mut self, kind: EntryKind, range: BlockRange) -> Entry {
+        let volume = &mut self.volumes[range.volume as usize];
+        volume.numbering.choose(Numbering::ByLane);
+        let Stamp { epoch, sequence } = volume.numbered;
+        self.entry_with(kind, range, Stamp { epoch, sequence: sequence + 1 })
+    }
+
+    fn entry_with(&self, kind: EntryKind, range: BlockRange, stamp: Stamp) -> Entry {
         Entry {
             kind,
-            volume: volume.record.number,
+            volume: self.volumes[range.volume as usize].record.number,
             block: range.block,
             count: range.count,
-            epoch: volume.record.epoch,
+            epoch: stamp.epoch,
             old_place: Place::NONE,
-            sequence: volume.numbered + 1,
+            sequence: stamp.sequence,
         }
     }
 
@@ -298,7 +411,10 @@ impl Lane {
     }
 
     fn note_numbered(&mut self, range: BlockRange, entry: &Entry, new_blocks: u32) {
-        self.volumes[range.volume as usize].numbered = entry.sequence;
+        if entry.kind != EntryKind::Promise {
+            let stamp = Stamp { epoch: entry.epoch, sequence: entry.sequence };
+            self.volumes[range.volume as usize].numbered = stamp;
+        }
         self.unapplied_new_blocks += u64::from(new_blocks);
         if entry.kind.has_payload() {
             self.counters.client_blocks_written += u64::from(entry.count);

@@ -288,7 +288,9 @@ impl Lane {
     fn write_body<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         for copy in 0..2 {
             while self.checkpointer.body_at[copy] < self.checkpointer.body.len() {
-                if self.streams[StreamKind::Map.index()].writing_count() > 1 || !self.open_batch_for_body() {
+                if self.streams[StreamKind::Map.index()].writing_count() > 1
+                    || !self.open_batch_for_body(context)
+                {
                     return;
                 }
                 self.append_body_part(context, copy);
@@ -421,14 +423,15 @@ impl Lane {
             }
         }
         self.segments.note_stuck(&cut.cleaned);
+        self.volumes.iter_mut().zip(&cut.volumes).for_each(|(volume, record)| volume.note_lasting(record));
         self.checkpointer.phase = Phase::Idle;
         self.checkpointer.first_done = true;
         self.counters.checkpoints += 1;
     }
 
-    fn open_batch_for_body(&mut self) -> bool {
+    fn open_batch_for_body<M: Memory>(&mut self, context: &mut Context<'_, M>) -> bool {
         assert!(self.streams[StreamKind::Map.index()].open.is_none());
-        self.open_batch(StreamKind::Map, EntryKind::Checkpoint, 1)
+        self.open_batch(context, StreamKind::Map, EntryKind::Checkpoint, 1)
     }
 }
 

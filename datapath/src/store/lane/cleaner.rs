@@ -241,7 +241,9 @@ impl Lane {
         self.cleaner.candidates = candidates;
     }
 
-    fn volume_position(&self, number: u32) -> Option<u32> {
+    /// The position of a volume in this lane, by its number in the pool.
+    #[must_use]
+    pub fn volume_position(&self, number: u32) -> Option<u32> {
         let position = self.volumes.iter().position(|volume| volume.record.number == number)?;
         u32::try_from(position).ok()
     }

@@ -135,8 +135,7 @@ impl Lane {
         match (waiter, intact) {
             (Waiter::Read(read), true) => self.try_read(context, read),
             (Waiter::Read(read), false) => self.refuse_read(read),
-            (Waiter::Change(change), true) => self.try_change(context, change),
-            (Waiter::Change(change), false) => self.refuse_change(context, change, RequestError::Io),
+            (Waiter::Change(change), intact) => self.change_leaf_came(context, change, intact),
             (Waiter::Cookie(cookie), true) => self.complete(cookie, Ok(())),
             (Waiter::Cookie(cookie), false) => self.complete(cookie, Err(RequestError::Io)),
             (Waiter::Cleaner { volume, leaf }, intact) => self.cleaner_leaf_came(volume, leaf, intact),

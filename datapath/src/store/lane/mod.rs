@@ -13,10 +13,14 @@ mod append;
 mod change;
 mod checkpoint;
 mod cleaner;
+mod fetch;
 mod leaf;
 mod read;
+mod stamped;
 mod stream;
 mod sync;
+#[cfg(test)]
+mod tests;
 
 use super::batch::BATCH_PAYLOAD_BLOCKS_MAX;
 use super::bugs::Bugs;
@@ -28,19 +32,24 @@ use super::root::LOGGED_STREAMS;
 use super::segment::SegmentTable;
 use super::slab::Slab;
 use crate::memory::{Memory, Pages};
+use crate::record::Stamp;
 use crate::request::RequestError;
 use crate::units::{BLOCK_BYTES, MemoryRange};
 use change::Change;
 use checkpoint::Checkpointer;
 use cleaner::Cleaner;
+use fetch::Fetch;
 use leaf::LeafLoads;
 use read::Read;
+use stamped::{Numbering, Order};
 use std::collections::VecDeque;
 use stream::{Stream, StreamKind};
 use sync::Syncer;
 
 pub use change::Release;
+pub use fetch::{FetchOutcome, Fetched};
 pub use read::HoleMap;
+pub use stamped::ChangeKind;
 
 /// When is a change answered?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,9 +125,32 @@ pub struct OwnedPayload {
     pub whole: MemoryRange,
 }
 
-impl OwnedPayload {
+/// Whose memory holds the blocks to be written. Either way the lane writes their descriptor into the page in front.
+#[derive(Clone, Copy, Debug)]
+pub enum Payload {
+    /// The lane's, which gives it back.
+    Owned(OwnedPayload),
+    /// The caller's: the lane reads it until the request is answered and never gives it back. It begins with the page in
+    /// front. Nobody changes it meanwhile.
+    Lent(MemoryRange),
+}
+
+impl Payload {
+    fn whole(self) -> MemoryRange {
+        match self {
+            Payload::Owned(OwnedPayload { whole }) | Payload::Lent(whole) => whole,
+        }
+    }
+
     fn blocks(self) -> MemoryRange {
-        self.whole.part(BLOCK_BYTES, self.whole.len - BLOCK_BYTES)
+        self.whole().part(BLOCK_BYTES, self.whole().len - BLOCK_BYTES)
+    }
+
+    /// It was not written, or copied.
+    fn let_go(self, pages: &mut Pages) {
+        if let Payload::Owned(OwnedPayload { whole }) = self {
+            pages.release(whole);
+        }
     }
 }
 
@@ -193,16 +225,19 @@ pub struct LaneCounters {
 /// A volume of the lane.
 #[derive(Debug)]
 pub struct Volume {
-    /// What a checkpoint keeps of it. `sequence` is that of the last change applied.
+    /// What a checkpoint keeps of it. Epoch and sequence are those of the last change in effect.
     pub record: VolumeRecord,
-    /// The last sequence given out.
-    numbered: u64,
+    /// The last change that is on its way into the log, or there.
+    numbered: Stamp,
+    numbering: Numbering,
+    order: Order,
 }
 
 enum Operation {
     Read(u32),
     LeafLoad { frame: super::map::FrameIndex, memory: MemoryRange },
     Batch { stream: StreamKind, number: u64 },
+    Fetch(u32),
     Sync,
     VictimRead,
     RootWrite,
@@ -215,6 +250,7 @@ impl std::fmt::Debug for Operation {
             Operation::Read(_) => "Read",
             Operation::LeafLoad { .. } => "LeafLoad",
             Operation::Batch { .. } => "Batch",
+            Operation::Fetch(_) => "Fetch",
             Operation::Sync => "Sync",
             Operation::VictimRead => "VictimRead",
             Operation::RootWrite => "RootWrite",
@@ -246,6 +282,8 @@ pub struct Lane {
     effects: VecDeque<DiskEffect>,
     completions: VecDeque<Completion>,
     reads: Slab<Read>,
+    fetches: Slab<Fetch>,
+    fetched: VecDeque<Fetched>,
     changes: Slab<Change>,
     /// Changes that wait for space or buffers, in order: those with payload and those without.
     blocked: [VecDeque<u32>; 2],
@@ -253,6 +291,8 @@ pub struct Lane {
     unapplied_new_blocks: u64,
     /// Leaves that changes under way will make dirty; one that several change counts several times.
     unapplied_leaves: u64,
+    /// Promises in effect that may not be on stable media: batch number, volume, epoch.
+    unsynced_promises: Vec<(u64, u32, u32)>,
     leaf_loads: LeafLoads,
     syncer: Syncer,
     checkpointer: Checkpointer,
@@ -327,7 +367,7 @@ impl Lane {
             generation: 0,
             log_ends: recovered.log_ends,
             map_end: recovered.map_end,
-            volumes: volumes.map(|record| Volume { numbered: record.sequence, record }).collect(),
+            volumes: volumes.map(Volume::recovered).collect(),
             map: recovered.map,
             segments: recovered.segments,
             pool_share: PoolShare::default(),
@@ -337,10 +377,13 @@ impl Lane {
             effects: VecDeque::new(),
             completions: VecDeque::new(),
             reads: Slab::default(),
+            fetches: Slab::default(),
+            fetched: VecDeque::new(),
             changes: Slab::default(),
             blocked: Default::default(),
             unapplied_new_blocks: 0,
             unapplied_leaves: 0,
+            unsynced_promises: Vec::new(),
             leaf_loads,
             syncer: Syncer::default(),
             checkpointer,
@@ -439,13 +482,14 @@ impl Lane {
         }
     }
 
-    /// Adds a volume, or changes the size of the one with this name. It lasts from the next checkpoint on.
+    /// Adds a volume, or changes the size of the one with this number. It lasts from the next checkpoint on:
+    /// [`Self::is_lasting`].
     pub fn put_volume(&mut self, record: VolumeRecord) {
         if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.record.number == record.number) {
             volume.record.size_blocks = record.size_blocks;
         } else {
             self.map.add_volume(&[]);
-            self.volumes.push(Volume { numbered: record.sequence, record });
+            self.volumes.push(Volume::new(record));
         }
         self.checkpointer.request();
     }
@@ -499,6 +543,7 @@ impl Lane {
             Operation::Read(read) => self.finish_read_part(context, read, good),
             Operation::LeafLoad { frame, memory } => self.finish_leaf_load(context, frame, memory, good),
             Operation::Batch { stream, number } => self.finish_batch_write(context, stream, number, good),
+            Operation::Fetch(fetch) => self.finish_fetch_read(context, fetch, good),
             Operation::Sync => self.finish_sync(context, good),
             Operation::VictimRead => self.finish_victim_read(context, good),
             Operation::RootWrite => self.finish_root_write(context, good),

@@ -80,6 +80,17 @@ pub(super) enum BatchMemory {
     TwoPages(MemoryRange, MemoryRange),
     /// The next batch of the stream will give it back.
     Later,
+    /// Lent by whoever is answered: nothing to give back.
+    Lent,
+    /// A lent payload, and pages of the allocator for a descriptor that does not lie in front of it.
+    LentAndPages(MemoryRange),
+}
+
+impl BatchMemory {
+    /// May the memory not be touched after the answer?
+    pub(super) fn is_lent(self) -> bool {
+        matches!(self, BatchMemory::Lent | BatchMemory::LentAndPages(_))
+    }
 }
 
 /// A batch on its way to the device, or there but not yet in effect.

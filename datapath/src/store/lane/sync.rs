@@ -84,9 +84,10 @@ impl Lane {
         for (stream, number) in self.streams.iter_mut().zip(covered) {
             stream.flushed_through = stream.flushed_through.max(number);
         }
-        while let Some(cookie) = self.syncer.served.pop() {
-            self.complete(cookie, Ok(()));
-        }
+        self.note_kept_promises();
+        let mut served = std::mem::take(&mut self.syncer.served);
+        served.drain(..).for_each(|cookie| self.complete(cookie, Ok(())));
+        self.syncer.served = served;
         if std::mem::take(&mut self.syncer.checkpoint_served) {
             self.checkpoint_synced(context);
         }
