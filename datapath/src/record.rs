@@ -36,6 +36,17 @@ impl fmt::Debug for Stamp {
     }
 }
 
+/// What a change does to its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// New content.
+    Data,
+    /// They read as zeroes.
+    Zero,
+    /// They are no longer needed, and read as zeroes.
+    Trim,
+}
+
 /// The process that takes a volume's reads and writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HeadSession {

@@ -222,7 +222,7 @@ pub fn build_shard(
         let space = PoolSpace::new(pool.layout, segments, lanes.iter().map(Lane::segments), pool.is_file);
         shard_pools.push(ShardPool { device: DeviceIndex(index), lanes, space });
     }
-    Ok(Shard::new(arena, pages, shard_pools, settings.read_only))
+    Ok(Shard::new(arena, pages, shard_pools, settings.read_only, None))
 }
 
 /// For each lane of each pool: the volumes to make or grow there.

@@ -21,6 +21,7 @@
 //!   failed) and then says [`Event::Closed`]; the id is free for reuse only then.
 
 pub use crate::memory::Memory;
+use crate::record::{NodeId, Record};
 use crate::units::{MemoryRange, Moment};
 
 /// A shard's name for one of its device operations. Drivers carry it and do not look inside.
@@ -113,6 +114,25 @@ pub enum Event {
         /// How.
         result: Result<(), DeviceError>,
     },
+    /// Another node connected.
+    PeerAccepted {
+        /// The name the driver gave the connection.
+        connection: ConnectionId,
+    },
+    /// [`Effect::Connect`] ended: there is a connection to another node.
+    PeerConnected {
+        /// To whom.
+        node: NodeId,
+        /// The name the driver gave it.
+        connection: ConnectionId,
+    },
+    /// [`Effect::Connect`] ended without a connection.
+    PeerUnreachable {
+        /// To whom.
+        node: NodeId,
+    },
+    /// The record of a volume, as it was read from the record store just now, or the store's answer to a proposal.
+    Record(Box<Record>),
     /// The moment of [`Engine::poll_timeout`] has come. Harmless at any other time.
     Timeout,
     /// Stop: refuse new connections, finish what is under way, write a checkpoint. The engine reports
@@ -182,6 +202,11 @@ pub enum Effect {
         /// To whom.
         connection: ConnectionId,
     },
+    /// Connect to another node; ends in [`Event::PeerConnected`] or [`Event::PeerUnreachable`]. One at a time to each.
+    Connect {
+        /// To whom.
+        node: NodeId,
+    },
     /// Close the connection. What was sent before is delivered; what has not been received is dropped.
     Close {
         /// Which.
@@ -201,6 +226,11 @@ pub trait Engine {
     fn finish_turn(&mut self, now: Moment);
     /// The next thing to do, until there is none.
     fn poll_effect(&mut self) -> Option<Effect>;
+    /// The next record to be proposed to the record store, in place of the version before it. Whatever becomes of that, the
+    /// record that is in the store afterwards comes back as [`Event::Record`], if the store can be reached.
+    fn poll_proposal(&mut self) -> Option<Box<Record>> {
+        None
+    }
     /// When to send [`Event::Timeout`] if nothing else happens.
     fn poll_timeout(&self) -> Option<Moment>;
     /// The memory, for the driver to fill and to send from.

@@ -386,6 +386,10 @@ impl Engine for EchoEngine {
             Event::DeviceDone { .. } => panic!("an echo has no devices"),
             Event::HungUp { .. } => panic!("an echo watches nobody"),
             Event::Timeout => {}
+            Event::PeerAccepted { .. }
+            | Event::PeerConnected { .. }
+            | Event::PeerUnreachable { .. }
+            | Event::Record(_) => panic!("an echo has no peers"),
         }
     }
 

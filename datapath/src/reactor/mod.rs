@@ -400,6 +400,10 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Effect::WatchHangUp { connection } => self.watch_hang_up(connection),
             Effect::Recycle { buffer } => self.recycle(buffer),
             Effect::Send { connection } => self.start_send(connection),
+            Effect::Connect { node } => {
+                let now = clock::now();
+                self.engine.handle_event(now, Event::PeerUnreachable { node });
+            }
             Effect::Close { connection } => self.close_connection(connection),
         }
     }

@@ -177,7 +177,7 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::peer_message::ChangeKind;
+    use crate::record::ChangeKind;
 
     fn stamp(epoch: u32, sequence: u64) -> Stamp {
         Stamp { epoch, sequence }

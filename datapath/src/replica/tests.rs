@@ -3,9 +3,9 @@
 
 use super::head::{Head, HeadEffect};
 use super::member::{Member, Step};
-use crate::record::{NodeId, Record, Stamp, VolumeNumber};
+use crate::record::{ChangeKind, NodeId, Record, Stamp, VolumeNumber};
 use crate::units::Moment;
-use crate::wire::peer_message::{ChangeHeader, ChangeKind, PeerMessage};
+use crate::wire::peer_message::{ChangeHeader, PeerMessage};
 use crate::wire::random::Xorshift;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 

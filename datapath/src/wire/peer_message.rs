@@ -28,7 +28,7 @@ use super::WireError;
 use super::fields::Fields;
 use crate::checksum::{crc32c, crc32c_of_parts};
 use crate::limits::PIECE_BLOCKS_MAX;
-use crate::record::{NodeId, Stamp, VolumeNumber};
+use crate::record::{ChangeKind, NodeId, Stamp, VolumeNumber};
 use crate::units::BLOCK_BYTES;
 
 const MAGIC: &[u8; 4] = b"BRTP";
@@ -40,32 +40,20 @@ pub const PEER_HEADER_BYTES: usize = 64;
 pub const PEER_BODY_BYTES_MAX: u32 = 4 * PIECE_BLOCKS_MAX;
 /// Longest payload.
 pub const PEER_PAYLOAD_BYTES_MAX: u32 = PIECE_BLOCKS_MAX * BLOCK_BYTES;
-/// Blocks that one change without payload may release.
-const RELEASED_BLOCKS_MAX: u32 = 1 << 20;
+/// Blocks that one change without payload may release: those of a leaf of the map.
+const RELEASED_BLOCKS_MAX: u32 = 512;
 const HELLO_BYTES: u32 = 24;
 
-/// What a change does to its blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ChangeKind {
-    /// New content.
-    Data,
-    /// They read as zeroes.
-    Zero,
-    /// Nobody needs them any more; they read as zeroes.
-    Trim,
+const CHANGE_CODES: [(ChangeKind, u8); 3] =
+    [(ChangeKind::Data, 1), (ChangeKind::Zero, 3), (ChangeKind::Trim, 4)];
+
+fn change_code(kind: ChangeKind) -> u8 {
+    CHANGE_CODES.iter().find(|(listed, _)| *listed == kind).expect("all kinds are listed").1
 }
 
-impl ChangeKind {
-    const ALL: [(ChangeKind, u8); 3] = [(ChangeKind::Data, 1), (ChangeKind::Zero, 3), (ChangeKind::Trim, 4)];
-
-    fn code(self) -> u8 {
-        ChangeKind::ALL.iter().find(|(kind, _)| *kind == self).expect("all kinds are listed").1
-    }
-
-    fn of_code(code: u8) -> Result<ChangeKind, WireError> {
-        let found = ChangeKind::ALL.iter().find(|(_, listed)| *listed == code);
-        found.map(|(kind, _)| *kind).ok_or(WireError::Range)
-    }
+fn change_of_code(code: u8) -> Result<ChangeKind, WireError> {
+    let found = CHANGE_CODES.iter().find(|(_, listed)| *listed == code);
+    found.map(|(kind, _)| *kind).ok_or(WireError::Range)
 }
 
 /// A change of a volume without its content.
@@ -281,7 +269,7 @@ impl PeerFrame {
     fn words(&self) -> Words {
         let plain = |kind, epoch| Words { kind, epoch, ..Words::default() };
         let of_change = |words: Words, change: ChangeHeader| Words {
-            change: change.kind.code(),
+            change: change_code(change.kind),
             block: change.block,
             count: change.count,
             stamp: change.stamp,
@@ -399,7 +387,7 @@ impl Words {
 
     /// A change of sense: some blocks, and a predecessor that can have come before it.
     fn change(self) -> Result<ChangeHeader, WireError> {
-        let kind = ChangeKind::of_code(self.change)?;
+        let kind = change_of_code(self.change)?;
         let most = if kind == ChangeKind::Data { PIECE_BLOCKS_MAX } else { RELEASED_BLOCKS_MAX };
         let sensible = (1..=most).contains(&self.count)
             && self.block.checked_add(self.count - 1).is_some()

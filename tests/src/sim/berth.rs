@@ -180,7 +180,7 @@ impl Subject for BerthSubject {
         let segments = layout.segments_in(setup.disk_bytes);
         let space = PoolSpace::new(layout, segments, lanes.iter().map(Lane::segments), true);
         let pool = ShardPool { device: DeviceIndex(0), lanes, space };
-        Ok(Shard::new(memory, pages, vec![pool], false))
+        Ok(Shard::new(memory, pages, vec![pool], false, None))
     }
 
     fn counts(&self, engine: &Shard<SimMemory>) -> SubjectCounts {

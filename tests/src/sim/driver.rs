@@ -414,6 +414,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                 }
             }
             Effect::Send { connection } => self.start_send(connection),
+            Effect::Connect { node } => self.tell(Event::PeerUnreachable { node }),
             Effect::Close { connection } => {
                 trace::note(now, "close connection", [connection.0.into(), 0, 0]);
                 self.open_connection(connection).pipe.start_close();
@@ -621,8 +622,14 @@ fn connection_of(event: &Event) -> Option<ConnectionId> {
         | Event::HungUp { connection }
         | Event::Sent { connection }
         | Event::SendFailed { connection }
-        | Event::Closed { connection } => Some(*connection),
-        Event::DeviceDone { .. } | Event::Timeout | Event::Drain => None,
+        | Event::Closed { connection }
+        | Event::PeerAccepted { connection }
+        | Event::PeerConnected { connection, .. } => Some(*connection),
+        Event::DeviceDone { .. }
+        | Event::PeerUnreachable { .. }
+        | Event::Record(_)
+        | Event::Timeout
+        | Event::Drain => None,
     }
 }
 
@@ -644,6 +651,15 @@ fn note_event(now: Moment, event: &Event) {
         Event::DeviceDone { token, result } => {
             ("device done token, failed", [token.0.into(), u64::from(result.is_err()), 0])
         }
+        Event::PeerAccepted { connection } => ("peer accepted connection", [connection.0.into(), 0, 0]),
+        Event::PeerConnected { node, connection } => {
+            ("peer connected node, connection", [node.0.into(), connection.0.into(), 0])
+        }
+        Event::PeerUnreachable { node } => ("peer unreachable node", [node.0.into(), 0, 0]),
+        Event::Record(record) => (
+            "record of volume, version, epoch",
+            [record.volume.0.into(), record.version, record.epoch.into()],
+        ),
         Event::Timeout => ("timeout", [0; 3]),
         Event::Drain => ("drain", [0; 3]),
     };

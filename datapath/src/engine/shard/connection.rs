@@ -206,6 +206,9 @@ impl<M: Memory> Shard<M> {
     pub(super) fn closed(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections[id.0 as usize].take() else { return };
         assert!(!connection.output.is_sending() && !connection.receiving, "{id:?} closed with buffers lent");
+        if let Some(export) = connection.export {
+            self.served[export.0 as usize].connections -= 1;
+        }
         self.rejections.add(connection.session.rejections());
         self.connection_pages -= SEND_PAGES;
         self.pages.release(connection.output.send_memory());
@@ -238,7 +241,9 @@ impl<M: Memory> Shard<M> {
                 self.finish(id);
                 return false;
             }
-            if connection.export.is_some() && !opened {
+            if let Some(export) = connection.export
+                && !(opened && self.is_led_here(export.0 as usize))
+            {
                 return false;
             }
             if !self.may_take_request(id) {
@@ -279,7 +284,8 @@ impl<M: Memory> Shard<M> {
             Step::Selected(export) => {
                 self.connections[id.0 as usize].as_deref_mut().expect("a living connection").export =
                     Some(export);
-                self.opened
+                self.served[export.0 as usize].connections += 1;
+                self.opened && self.is_led_here(export.0 as usize)
             }
             Step::Request(request) => {
                 self.begin_request(id, request);
@@ -382,6 +388,10 @@ impl<M: Memory> Shard<M> {
 
     pub(super) fn start_sends(&mut self) {
         while let Some(id) = self.to_send.pop() {
+            if self.replication.is_link(id) {
+                self.start_link_send(id);
+                continue;
+            }
             let Some(connection) = self.connections[id.0 as usize].as_deref_mut() else { continue };
             if connection.ending != Ending::Closing && connection.output.begin_send(&mut self.memory) {
                 connection.send_began = self.now;

@@ -12,6 +12,7 @@ mod input;
 mod payload;
 mod read;
 mod release;
+mod replication;
 mod share;
 mod status;
 mod task;
@@ -25,11 +26,14 @@ use super::region_locks::RegionLocks;
 use super::report::{LaneReport, OperationReport, ShardReport};
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::{Memory, Pages};
+use crate::record::Record;
 use crate::session::nbd::Rejections;
-use crate::store::lane::{Context, DiskEffect, DiskToken, Lane, PoolShare};
+use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane, PoolShare};
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 use connection::Connection;
+pub use replication::NodeConfig;
+use replication::Replication;
 use share::{Hunger, PAGES_KEPT};
 use std::collections::VecDeque;
 use task::{Piece, Task};
@@ -61,6 +65,10 @@ struct Served {
     volume: u32,
     locks: RegionLocks,
     requests_under_way: u32,
+    /// Clients that have chosen it.
+    connections: u32,
+    /// Its replica, if it is replicated.
+    replica: Option<usize>,
 }
 
 /// See the module's text.
@@ -119,6 +127,9 @@ pub struct Shard<M> {
     /// What all requests together may hold.
     request_pages: u32,
     hunger: Hunger,
+    replication: Replication,
+    /// Pieces that no lane answers: they have ended.
+    ended_pieces: VecDeque<Completion>,
 }
 
 /// One in so many pages is for connections: requests leave these alone, and connections take no more.
@@ -133,18 +144,28 @@ impl<M: Memory> Shard<M> {
     /// # Panics
     /// If two volumes have one name.
     #[must_use]
-    pub fn new(memory: M, pages: Pages, pools: Vec<ShardPool>, read_only: bool) -> Shard<M> {
+    pub fn new(
+        memory: M,
+        pages: Pages,
+        pools: Vec<ShardPool>,
+        read_only: bool,
+        node: Option<NodeConfig>,
+    ) -> Shard<M> {
         let (mut lanes, mut spaces) = (Vec::new(), Vec::new());
         let (mut exports, mut served) = (ExportTable::default(), Vec::new());
         for pool in pools {
             for lane in pool.lanes {
-                for (volume, known) in (0..).zip(lane.volumes()) {
+                // A node serves the volumes whose records it has read.
+                let own = if node.is_none() { lane.volumes() } else { &[] };
+                for (volume, known) in (0..).zip(own) {
                     exports.add(known.record.name.clone(), known.size_blocks() * BLOCK_BYTES_U64, read_only);
                     served.push(Served {
                         lane: lanes.len(),
                         volume,
                         locks: RegionLocks::default(),
                         requests_under_way: 0,
+                        connections: 0,
+                        replica: None,
                     });
                 }
                 lanes.push(ShardLane { lane, pool: spaces.len(), device: pool.device, write_pages: 0 });
@@ -154,7 +175,9 @@ impl<M: Memory> Shard<M> {
         assert!(lanes.len() < 256, "tokens have room for 255 lanes");
         let syncs = spaces.iter().map(|_| DeviceSync::default()).collect();
         let connection_pages_max = pages.free_count() / CONNECTION_PAGES_SHARE;
-        let request_pages = pages.free_count().saturating_sub(connection_pages_max + PAGES_KEPT);
+        let replication = Replication::new(node, pages.free_count(), memory.len_bytes());
+        let kept = connection_pages_max + replication.pages_kept() + PAGES_KEPT;
+        let request_pages = pages.free_count().saturating_sub(kept);
         Shard {
             now: Moment::default(),
             memory,
@@ -193,6 +216,8 @@ impl<M: Memory> Shard<M> {
             connection_pages_max,
             request_pages,
             hunger: Hunger::default(),
+            replication,
+            ended_pieces: VecDeque::new(),
         }
     }
 
@@ -214,8 +239,12 @@ impl<M: Memory> Shard<M> {
             self.progress = false;
             self.open_when_ready();
             self.resume();
+            self.upkeep_replication();
             for lane in 0..self.lanes.len() {
                 self.upkeep_lane(lane);
+            }
+            while let Some(ended) = self.ended_pieces.pop_front() {
+                self.finish_piece(&ended);
             }
             if !self.progress {
                 return true;
@@ -227,6 +256,9 @@ impl<M: Memory> Shard<M> {
     /// When the last request has ended, one more checkpoint makes everything safe.
     fn finish_drain(&mut self) {
         let done = self.tasks.is_empty() && self.connections.iter().all(Option::is_none);
+        if self.draining && done && !self.replication_has_ended() {
+            return;
+        }
         if self.draining && done && !std::mem::replace(&mut self.last_checkpoint, true) {
             self.lanes.iter_mut().for_each(|shard_lane| shard_lane.lane.request_checkpoint());
             self.settled_turn = false;
@@ -271,7 +303,15 @@ impl<M: Memory> Shard<M> {
     fn take_completions(&mut self, lane: usize) {
         while let Some(completion) = self.lanes[lane].lane.poll_completion() {
             self.progress = true;
-            self.finish_piece(&completion);
+            if Shard::<M>::is_replication_cookie(completion.cookie) {
+                self.finish_work(&completion);
+            } else if !self.hold_read(&completion) {
+                self.finish_piece(&completion);
+            }
+        }
+        while let Some(fetched) = self.lanes[lane].lane.poll_fetched() {
+            self.progress = true;
+            self.finish_fetch(&fetched);
         }
     }
 
@@ -391,6 +431,24 @@ impl<M: Memory> Engine for Shard<M> {
         self.now = now;
         match event {
             Event::Accepted { connection, peer } => self.accept(connection, peer),
+            Event::Received { connection, memory, buffer } if self.replication.is_link(connection) => {
+                self.link_received(connection, memory, buffer);
+            }
+            Event::ReceivedExact { connection } if self.replication.is_link(connection) => {
+                self.link_received_exact(connection);
+            }
+            Event::ReceiveEnded { connection } if self.replication.is_link(connection) => {
+                self.link_receive_ended(connection);
+            }
+            Event::Sent { connection } if self.replication.is_link(connection) => {
+                self.link_sent(connection, true);
+            }
+            Event::SendFailed { connection } if self.replication.is_link(connection) => {
+                self.link_sent(connection, false);
+            }
+            Event::Closed { connection } if self.replication.is_link(connection) => {
+                self.link_closed(connection);
+            }
             Event::Received { connection, memory, buffer } => self.received(connection, memory, buffer),
             Event::ReceivedExact { connection } => self.received_exact(connection),
             Event::ReceiveEnded { connection } => self.receive_ended(connection),
@@ -399,6 +457,10 @@ impl<M: Memory> Engine for Shard<M> {
             Event::SendFailed { connection } => self.sent(connection, false),
             Event::Closed { connection } => self.closed(connection),
             Event::DeviceDone { token, result } => self.finish_device_operation(token, result),
+            Event::PeerAccepted { connection } => self.link_accepted(connection),
+            Event::PeerConnected { node, connection } => self.link_connected(node, connection),
+            Event::PeerUnreachable { node } => self.link_unreachable(node),
+            Event::Record(record) => self.handle_record(*record),
             Event::Timeout => {}
             Event::Drain => self.drain(),
         }
@@ -422,6 +484,10 @@ impl<M: Memory> Engine for Shard<M> {
         self.effects.pop_front()
     }
 
+    fn poll_proposal(&mut self) -> Option<Box<Record>> {
+        self.replication.poll_proposal()
+    }
+
     fn poll_timeout(&self) -> Option<Moment> {
         let busy = !self.settled_turn
             || !self.ready.is_empty()
@@ -430,7 +496,8 @@ impl<M: Memory> Engine for Shard<M> {
             return Some(self.now);
         }
         let handshake = self.deadlines.front().map(|(moment, ..)| *moment);
-        handshake.into_iter().chain(self.hunger.look_again_at()).min()
+        let others = handshake.into_iter().chain(self.hunger.look_again_at());
+        others.chain(self.replication.poll_timeout()).min()
     }
 
     fn memory(&mut self) -> &mut M {
@@ -438,6 +505,9 @@ impl<M: Memory> Engine for Shard<M> {
     }
 
     fn send_pieces(&self, connection: ConnectionId) -> &[MemoryRange] {
+        if self.replication.is_link(connection) {
+            return self.link_pieces(connection);
+        }
         let connection = self.connections[connection.0 as usize].as_ref().expect("a send under way");
         connection.output.pieces()
     }
@@ -522,6 +592,7 @@ impl<M: Memory> Shard<M> {
         for shard_lane in &self.lanes {
             let _ = writeln!(text, "{}", shard_lane.lane.describe());
         }
+        self.describe_replication(&mut text);
         text
     }
 }

@@ -79,6 +79,10 @@ impl<M: Memory> Shard<M> {
         let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
         // Parked bytes take the long way: the lane copies from the shard's memory only.
         let Some(&Input::Received { rest, .. }) = connection.input.as_ref() else { return false };
+        if self.served[self.tasks.get(task).export as usize].replica.is_some() {
+            // What is sent to other nodes must be in memory of its own.
+            return false;
+        }
         if self.tasks.get(task).begun_bytes > 0 {
             // An earlier piece was received: the input no longer begins with the request's first byte.
             return false;

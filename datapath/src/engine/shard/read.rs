@@ -23,7 +23,7 @@ fn next_piece(request: &Request, begun_bytes: u64) -> (u64, u32) {
     (start, u32::try_from(stop - start).expect("at most a piece"))
 }
 
-fn blocks_of(offset_bytes: u64, length_bytes: u32) -> (u32, u32) {
+pub(super) fn blocks_of(offset_bytes: u64, length_bytes: u32) -> (u32, u32) {
     let first = offset_bytes / BLOCK_BYTES_U64;
     let end = (offset_bytes + u64::from(length_bytes)).div_ceil(BLOCK_BYTES_U64);
     (

@@ -7,6 +7,7 @@ use super::write::WritePiece;
 use crate::engine::region_locks::RegionClaim;
 use crate::limits::PIECE_BYTES_MAX;
 use crate::memory::Memory;
+use crate::record::ChangeKind;
 use crate::request::Operation;
 use crate::store::lane::{BlockRange, Release};
 use crate::store::map::LEAF_BLOCKS;
@@ -77,6 +78,10 @@ impl<M: Memory> Shard<M> {
             _ => unreachable!("only trims and zeroes release"),
         };
         let range = BlockRange { volume: self.volume_of(task), block: claim.block, count: claim.count };
+        if let Some(replica) = self.served[self.tasks.get(task).export as usize].replica {
+            let kind = if why == Release::Trim { ChangeKind::Trim } else { ChangeKind::Zero };
+            return self.submit_change(replica, piece, kind, (claim.block, claim.count), None);
+        }
         let lane = self.lane_of(task);
         self.with_lane(lane, |lane, context| lane.release(context, piece, range, why, durable));
     }

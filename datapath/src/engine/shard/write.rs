@@ -6,6 +6,7 @@ use super::share::Purpose;
 use super::task::PieceKind;
 use crate::engine::region_locks::RegionClaim;
 use crate::memory::Memory;
+use crate::record::ChangeKind;
 use crate::request::{Operation, RequestError};
 use crate::store::lane::{BlockRange, OwnedPayload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, MemoryRange};
@@ -165,7 +166,7 @@ impl<M: Memory> Shard<M> {
                 false
             }
             Stage::Writing => {
-                // The lane has given the memory back already.
+                // The lane, or the last user of a replicated change, gives the memory back.
                 self.note_given_back(task, write.memory.len, Purpose::Write);
                 self.unlock(self.tasks.get(task).export, write.claim());
                 true
@@ -203,6 +204,10 @@ impl<M: Memory> Shard<M> {
             self.pages.release(write.memory.part(whole.len, write.memory.len - whole.len));
         }
         let range = BlockRange { volume: self.volume_of(task), block: write.block, count: write.count };
+        if let Some(replica) = self.served[self.tasks.get(task).export as usize].replica {
+            let blocks = (range.block, range.count);
+            return self.submit_change(replica, piece, ChangeKind::Data, blocks, Some(whole));
+        }
         let lane = self.lane_of(task);
         self.with_lane(lane, |lane, context| {
             lane.write(context, piece, range, OwnedPayload { whole }, durable);

@@ -33,6 +33,8 @@ use std::collections::VecDeque;
 pub const MEMBER_PATIENCE_NS: u64 = 1_000_000_000;
 /// A new head waits so long for the members that have not answered, before it goes on without them.
 pub const GATHER_PATIENCE_NS: u64 = 500_000_000;
+/// A member that has not answered is asked again for its promise after this time.
+pub const PROMISE_AGAIN_NS: u64 = 200_000_000;
 /// A proposal whose outcome is not known after this time is sent again; it can succeed only once.
 pub const PROPOSE_AGAIN_NS: u64 = 1_000_000_000;
 

@@ -1,5 +1,6 @@
 //! What the head knows of each member.
 
+use super::PROMISE_AGAIN_NS;
 use crate::record::{NodeId, Stamp};
 use crate::units::Moment;
 
@@ -21,6 +22,8 @@ pub(super) struct Peer {
     pub(super) phase: Phase,
     /// Since when it is in that phase.
     pub(super) since: Moment,
+    /// When it was last asked for its promise.
+    pub(super) asked_at: Moment,
     /// Its last change when it promised.
     pub(super) reported: Option<Stamp>,
     /// Until when it honours a lease that it granted to an earlier head.
@@ -45,6 +48,7 @@ impl Peers {
             node: *node,
             phase: Phase::Away,
             since: now,
+            asked_at: now,
             reported: None,
             grants_until: Moment::default(),
             acked: 0,
@@ -90,8 +94,14 @@ impl Peers {
 }
 
 impl Peer {
+    /// When to ask it once more for its promise, if that is awaited.
+    pub(super) fn is_to_be_asked_at(&self) -> Option<Moment> {
+        (self.phase == Phase::Asked).then(|| self.asked_at.after_ns(PROMISE_AGAIN_NS))
+    }
+
     pub(super) fn enter(&mut self, phase: Phase, now: Moment) {
         self.phase = phase;
         self.since = now;
+        self.asked_at = now;
     }
 }

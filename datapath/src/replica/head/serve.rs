@@ -5,10 +5,10 @@ use super::view::proposal_of;
 use super::{
     Head, HeadEffect, Lead, MEMBER_PATIENCE_NS, PROPOSE_AGAIN_NS, Role, Stage, SubmitError, Windowed,
 };
-use crate::record::{NodeId, StaleReplica, Stamp};
+use crate::record::{ChangeKind, NodeId, StaleReplica, Stamp};
 use crate::replica::{LEASE_DRIFT_NS, LEASE_EVERY_NS, LEASE_NS};
 use crate::units::Moment;
-use crate::wire::peer_message::{ChangeHeader, ChangeKind};
+use crate::wire::peer_message::ChangeHeader;
 
 impl Head {
     /// Numbers a change and sends it to all members. [`HeadEffect::Committed`] will name the cookie.
@@ -164,6 +164,7 @@ impl Head {
     /// Time has passed: see [`Self::poll_timeout`].
     pub fn handle_timeout(&mut self, now: Moment) {
         self.propose_again(now);
+        self.promise_again(now);
         self.finish_gathering(now);
         self.give_up_waiting(now);
         self.serve_if_waited(now);
@@ -183,6 +184,16 @@ impl Head {
         if *again_at <= now {
             *again_at = now.after_ns(PROPOSE_AGAIN_NS);
             self.effects.push_back(HeadEffect::Propose(proposal.clone()));
+        }
+    }
+
+    /// A member that was asked for its promise may not have known the volume yet.
+    fn promise_again(&mut self, now: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        for peer in lead.peers.iter_mut().filter(|peer| peer.is_to_be_asked_at().is_some_and(|at| at <= now))
+        {
+            peer.asked_at = now;
+            self.effects.push_back(HeadEffect::Promise { member: peer.node, epoch: lead.epoch });
         }
     }
 
@@ -243,7 +254,8 @@ impl Head {
         } else {
             None
         };
-        again.into_iter().chain(stage).chain(removal).min()
+        let ask = lead.peers.iter().filter_map(super::Peer::is_to_be_asked_at).min();
+        again.into_iter().chain(stage).chain(removal).chain(ask).min()
     }
 }
 

@@ -168,17 +168,25 @@ impl Head {
         }
     }
 
-    /// The change asked for with [`HeadEffect::Fetch`]. False if it is of no use (any more): its content may go.
-    pub fn fetched(&mut self, now: Moment, member: NodeId, epoch: u32, change: ChangeHeader) -> bool {
-        let Role::Lead(lead) = &mut self.role else { return false };
-        let Stage::Bringing { source, fetching, until, .. } = &mut lead.stage else { return false };
-        let expected = *source == member
+    /// Is this the change that was asked for with [`HeadEffect::Fetch`], and still of use?
+    #[must_use]
+    pub fn expects(&self, member: NodeId, epoch: u32, change: ChangeHeader) -> bool {
+        let Role::Lead(lead) = &self.role else { return false };
+        let Stage::Bringing { source, fetching, .. } = lead.stage else { return false };
+        source == member
             && lead.epoch == epoch
-            && *fetching
-            && change.stamp.sequence == lead.last.sequence + 1;
-        if !expected {
-            return false;
+            && fetching
+            && change.stamp.sequence == lead.last.sequence + 1
+            && change.stamp >= lead.last
+    }
+
+    /// The change asked for with [`HeadEffect::Fetch`]; ignored if it is not [expected](Self::expects).
+    pub fn fetched(&mut self, now: Moment, member: NodeId, epoch: u32, change: ChangeHeader) {
+        if !self.expects(member, epoch, change) {
+            return;
         }
+        let Role::Lead(lead) = &mut self.role else { return };
+        let Stage::Bringing { fetching, until, .. } = &mut lead.stage else { return };
         *fetching = false;
         *until = now.after_ns(MEMBER_PATIENCE_NS);
         // Its predecessor is the last one whatever the source stated: sequences of one order ascend by one.
@@ -187,7 +195,6 @@ impl Head {
         lead.window.push_back(Windowed { change, cookie: None });
         self.stream_to_all(now);
         self.commit(now);
-        true
     }
 
     /// Nothing has moved for a while: all are asked anew, and the view goes on without those who do not answer.

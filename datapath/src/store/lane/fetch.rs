@@ -10,11 +10,12 @@
 //! batch that counts, and chained to it or the first of a later mount. What recovery discarded, and what an earlier
 //! use of the segment left behind, is therefore never taken for the log.
 
+use super::stamped::change_of_entry;
 use super::stream::StreamKind;
-use super::{ChangeKind, Context, DiskEffect, DiskToken, Lane, Operation};
+use super::{Context, DiskEffect, DiskToken, Lane, Operation};
 use crate::checksum::crc32c;
 use crate::memory::Memory;
-use crate::record::Stamp;
+use crate::record::{ChangeKind, Stamp};
 use crate::store::batch::{BatchHeader, Descriptor, EntryView};
 use crate::store::layout::{Place, SegmentIndex};
 use crate::store::segment::SegmentState;
@@ -334,7 +335,7 @@ impl Lane {
     fn fetch_found(&mut self, index: u32, view: &EntryView<'_>, link: Link) {
         let entry = view.entry;
         let stamp = Stamp { epoch: entry.epoch, sequence: entry.sequence };
-        let kind = ChangeKind::of_entry(entry.kind).expect("sighted as a change");
+        let kind = change_of_entry(entry.kind).expect("sighted as a change");
         let fetch = self.fetches.get_mut(index);
         let Fetch { segment, block, sequence, .. } = *fetch;
         let cursor = FetchCursor { sequence, segment, block, crc: link.crc };
@@ -440,7 +441,7 @@ fn sight<'a>(descriptor: &Descriptor<'a>, volume: u32, sequence: u64) -> Sightin
     let mut earlier = false;
     let changes = descriptor
         .entries()
-        .filter(|view| view.entry.volume == volume && ChangeKind::of_entry(view.entry.kind).is_some());
+        .filter(|view| view.entry.volume == volume && change_of_entry(view.entry.kind).is_some());
     for view in changes {
         let found = view.entry.sequence;
         if found > sequence || found == sequence && descriptor.header.continued {

@@ -49,7 +49,6 @@ use sync::Syncer;
 pub use change::Release;
 pub use fetch::{FetchOutcome, Fetched};
 pub use read::HoleMap;
-pub use stamped::ChangeKind;
 
 /// When is a change answered?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

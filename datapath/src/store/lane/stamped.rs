@@ -13,7 +13,7 @@ use super::stream::Record;
 use super::{BlockRange, Context, Lane, Payload, Volume};
 use crate::limits::PIECE_BLOCKS_MAX;
 use crate::memory::Memory;
-use crate::record::Stamp;
+use crate::record::{ChangeKind, Stamp};
 use crate::request::RequestError;
 use crate::store::batch::{Entry, EntryKind};
 use crate::store::checkpoint_body::VolumeRecord;
@@ -21,34 +21,21 @@ use crate::store::map::LEAF_BLOCKS;
 use crate::units::BLOCK_BYTES;
 use std::collections::VecDeque;
 
-/// What a numbered change does to its blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ChangeKind {
-    /// New content.
-    Data,
-    /// They read as zeroes.
-    Zero,
-    /// They are no longer needed, and read as zeroes.
-    Trim,
+fn entry_kind(kind: ChangeKind) -> EntryKind {
+    match kind {
+        ChangeKind::Data => EntryKind::Data,
+        ChangeKind::Zero => EntryKind::Zero,
+        ChangeKind::Trim => EntryKind::Trim,
+    }
 }
 
-impl ChangeKind {
-    fn entry_kind(self) -> EntryKind {
-        match self {
-            ChangeKind::Data => EntryKind::Data,
-            ChangeKind::Zero => EntryKind::Zero,
-            ChangeKind::Trim => EntryKind::Trim,
-        }
-    }
-
-    /// The change that an entry of the log stands for, if it is one.
-    pub(super) fn of_entry(kind: EntryKind) -> Option<ChangeKind> {
-        match kind {
-            EntryKind::Data => Some(ChangeKind::Data),
-            EntryKind::Zero => Some(ChangeKind::Zero),
-            EntryKind::Trim => Some(ChangeKind::Trim),
-            _ => None,
-        }
+/// The change that an entry of the log stands for, if it is one.
+pub(super) fn change_of_entry(kind: EntryKind) -> Option<ChangeKind> {
+    match kind {
+        EntryKind::Data => Some(ChangeKind::Data),
+        EntryKind::Zero => Some(ChangeKind::Zero),
+        EntryKind::Trim => Some(ChangeKind::Trim),
+        _ => None,
     }
 }
 
@@ -150,7 +137,7 @@ impl Lane {
         }
         assert!(follows && stamp.epoch >= order.taken.epoch, "{stamp:?} after {:?}", order.taken);
         order.taken = stamp;
-        self.enqueue(context, Change::new(cookie, kind.entry_kind(), range, payload, true, Some(stamp)));
+        self.enqueue(context, Change::new(cookie, entry_kind(kind), range, payload, true, Some(stamp)));
     }
 
     /// Raises the volume's promise to `epoch`: it takes part in no epoch below. Answered when that and all changes

@@ -15,7 +15,7 @@ fn frame(message: PeerMessage) -> PeerFrame {
 }
 
 fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
-    let released = ChangeHeader { kind: ChangeKind::Trim, count: 70_000, ..CHANGE };
+    let released = ChangeHeader { kind: ChangeKind::Trim, count: 500, ..CHANGE };
     let plain = [
         PeerMessage::Promise { epoch: 4 },
         PeerMessage::Promised { epoch: 4, last: STAMP, granted_ns: 7 },

@@ -439,6 +439,10 @@ impl Engine for Canary {
             Event::DeviceDone { token, result } => self.handle_device(token, result.is_err()),
             Event::Timeout => {}
             Event::Drain => self.draining = true,
+            Event::PeerAccepted { .. }
+            | Event::PeerConnected { .. }
+            | Event::PeerUnreachable { .. }
+            | Event::Record(_) => unreachable!("the canary has no peers"),
         }
     }
 

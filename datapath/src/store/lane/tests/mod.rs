@@ -5,10 +5,10 @@ mod fetch;
 mod order;
 mod promise;
 
-use super::{AckPolicy, BlockRange, ChangeKind, Context, FetchOutcome, Lane, LaneConfig, Payload, PoolShare};
+use super::{AckPolicy, BlockRange, Context, FetchOutcome, Lane, LaneConfig, Payload, PoolShare};
 use crate::limits::PIECE_BYTES_MAX;
 use crate::memory::{Memory, Pages};
-use crate::record::Stamp;
+use crate::record::{ChangeKind, Stamp};
 use crate::request::RequestError;
 use crate::store::bugs::Bugs;
 use crate::store::check::check_lane;

@@ -1,0 +1,251 @@
+//! What heads want, carried out.
+
+use super::super::Shard;
+use super::content::Content;
+use super::{Leader, Replica};
+use crate::checksum::crc32c;
+use crate::engine::ports::ConnectionId;
+use crate::memory::Memory;
+use crate::record::{ChangeKind, NodeId, VolumeNumber};
+use crate::replica::head::HeadEffect;
+use crate::request::RequestError;
+use crate::store::lane::{Completion, HoleMap};
+use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange, Moment};
+use crate::wire::peer_message::{ChangeHeader, PeerFrame, PeerMessage};
+
+impl<M: Memory> Shard<M> {
+    /// A client's change. `memory` is a page for a descriptor and the blocks; it is the replica's from now on.
+    pub(in crate::engine::shard) fn submit_change(
+        &mut self,
+        index: usize,
+        piece: u32,
+        kind: ChangeKind,
+        (block, count): (u32, u32),
+        memory: Option<MemoryRange>,
+    ) {
+        let now = self.now;
+        let replica = &mut self.replication.replicas[index];
+        let Ok(stamp) = replica.head.submit(now, piece, kind, block, count) else {
+            if let Some(memory) = memory {
+                self.pages.release(memory);
+            }
+            return self.finish_later(piece, Err(RequestError::ShuttingDown));
+        };
+        let checksums = memory.map_or_else(Vec::new, |memory| self.checksums_of(memory));
+        if let Some(memory) = memory {
+            self.use_memory(memory);
+        }
+        let content =
+            Content { sequence: stamp.sequence, piece: Some(piece), memory, checksums, peer_pages: 0 };
+        self.replication.replicas[index].contents.push(content);
+        self.settle_head(index);
+    }
+
+    fn checksums_of(&self, memory: MemoryRange) -> Vec<u32> {
+        let blocks = self.memory.bytes(memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES));
+        blocks.chunks_exact(BLOCK_BYTES_USIZE).map(crc32c).collect()
+    }
+
+    /// Ends a piece, but not within the call that began it.
+    fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
+        self.progress = true;
+        self.ended_pieces.push_back(Completion { cookie: piece, result, holes: HoleMap::default() });
+    }
+
+    /// Carries out what the head wants, until it wants nothing.
+    pub(super) fn settle_head(&mut self, index: usize) {
+        while let Some(effect) = self.replication.replicas[index].head.poll_effect() {
+            match effect {
+                HeadEffect::Propose(record) => self.replication.proposals.push_back(record),
+                HeadEffect::Promise { member, epoch } => {
+                    self.ask_member(index, member, PeerMessage::Promise { epoch });
+                }
+                HeadEffect::Fetch { member, epoch, sequence } => {
+                    self.ask_member(index, member, PeerMessage::Fetch { epoch, sequence });
+                }
+                HeadEffect::Lease { member, epoch } => {
+                    let asked_ns = self.now.0;
+                    self.ask_member(index, member, PeerMessage::Lease { epoch, asked_ns });
+                }
+                HeadEffect::Change { member, epoch, change } => {
+                    self.send_change(index, member, epoch, change);
+                }
+                HeadEffect::Committed { sequence, .. } | HeadEffect::Dropped { sequence } => {
+                    let content = self.replication.replicas[index].contents.pop(sequence);
+                    self.let_go(content, Ok(()));
+                }
+                HeadEffect::Started => self.lead_began(index),
+                HeadEffect::Ended => self.lead_ended(index),
+            }
+        }
+    }
+
+    fn let_go(&mut self, content: Content, result: Result<(), RequestError>) {
+        self.replication.peer_pages -= content.peer_pages;
+        if let Some(memory) = content.memory {
+            self.unuse(memory);
+        }
+        if let Some(piece) = content.piece {
+            self.finish_later(piece, result);
+        }
+    }
+
+    fn ask_member(&mut self, index: usize, member: NodeId, message: PeerMessage) {
+        if member == self.replication.node() {
+            return self.ask_own_member(index, message, None);
+        }
+        let volume = self.replication.replicas[index].volume;
+        if let Some(link) = self.replication.dials.up(member) {
+            self.send_on_link(link, volume, message);
+        }
+    }
+
+    fn send_change(&mut self, index: usize, member: NodeId, epoch: u32, change: ChangeHeader) {
+        let replica = &self.replication.replicas[index];
+        let committed = replica.head.committed();
+        let message = PeerMessage::Change { epoch, change, committed };
+        let content = replica.contents.get(change.stamp.sequence).expect("kept until it is committed");
+        let memory = content.memory;
+        if member == self.replication.node() {
+            return self.ask_own_member(index, message, memory);
+        }
+        let Some(link) = self.replication.dials.up(member) else { return };
+        let volume = replica.volume;
+        let Some(memory) = memory else { return self.send_on_link(link, volume, message) };
+        let checksums = std::mem::take(&mut self.content_checksums(index, change.stamp.sequence).checksums);
+        self.send_payload(link, PeerFrame { volume, message }, &checksums, memory);
+        self.content_checksums(index, change.stamp.sequence).checksums = checksums;
+    }
+
+    fn content_checksums(&mut self, index: usize, sequence: u64) -> &mut Content {
+        self.replication.replicas[index].contents.get_mut(sequence).expect("looked at by the caller")
+    }
+
+    /// A message of a member to the heads of this node.
+    pub(super) fn handle_answer(
+        &mut self,
+        member: NodeId,
+        volume: VolumeNumber,
+        message: PeerMessage,
+        checksums: Vec<u32>,
+        memory: Option<MemoryRange>,
+    ) {
+        let Some(index) = self.replication.find(volume) else {
+            if let Some(memory) = memory {
+                self.give_back_for_peer(memory);
+            }
+            return;
+        };
+        self.answer_head(index, member, message, checksums, memory);
+        self.settle_head(index);
+    }
+
+    /// The same for one volume; the caller settles.
+    pub(super) fn answer_head(
+        &mut self,
+        index: usize,
+        member: NodeId,
+        message: PeerMessage,
+        checksums: Vec<u32>,
+        memory: Option<MemoryRange>,
+    ) {
+        let now = self.now;
+        let head = &mut self.replication.replicas[index].head;
+        match message {
+            PeerMessage::Promised { epoch, last, granted_ns } => {
+                head.promised(now, member, epoch, last, granted_ns);
+            }
+            PeerMessage::Ack { epoch, through } => head.acked(now, member, epoch, through),
+            PeerMessage::Gap { epoch, last } => head.gap(now, member, epoch, last),
+            PeerMessage::FetchGone { epoch, .. } => head.fetch_gone(now, member, epoch),
+            PeerMessage::Leased { epoch, asked_ns } => head.leased(member, epoch, Moment(asked_ns)),
+            // The record will tell what has become of this head.
+            PeerMessage::Refused { .. } => {}
+            PeerMessage::Fetched { epoch, change } => {
+                return self.fetched(index, member, epoch, change, checksums, memory);
+            }
+            request => unreachable!("{request:?} is no answer"),
+        }
+        assert!(memory.is_none(), "only what was fetched has a payload");
+    }
+
+    fn fetched(
+        &mut self,
+        index: usize,
+        member: NodeId,
+        epoch: u32,
+        change: ChangeHeader,
+        checksums: Vec<u32>,
+        memory: Option<MemoryRange>,
+    ) {
+        let now = self.now;
+        // The content must be there before the head sends it on.
+        let head = &mut self.replication.replicas[index].head;
+        if !head.expects(member, epoch, change) {
+            if let Some(memory) = memory {
+                self.give_back_for_peer(memory);
+            }
+            return;
+        }
+        let peer_pages = memory.map_or(0, |memory| memory.len / BLOCK_BYTES);
+        if let Some(memory) = memory {
+            self.use_memory(memory);
+        }
+        let Replica { head, contents, .. } = &mut self.replication.replicas[index];
+        contents.push(Content {
+            sequence: change.stamp.sequence,
+            piece: None,
+            memory,
+            checksums,
+            peer_pages,
+        });
+        head.fetched(now, member, epoch, change);
+    }
+
+    /// The volume is served here from now on: those who wait for it go on.
+    fn lead_began(&mut self, index: usize) {
+        let served = self.replication.replicas[index].served;
+        self.progress = true;
+        for id in self.connections_of(served) {
+            self.ready.push_back(id);
+        }
+    }
+
+    /// The volume is not led here, or not any more. Nobody knows what becomes of the changes under way: their clients are
+    /// not answered but disconnected, so that they ask the next head.
+    fn lead_ended(&mut self, index: usize) {
+        let served = self.replication.replicas[index].served;
+        for id in self.connections_of(served) {
+            self.close(id);
+        }
+        while let Some(content) = self.replication.replicas[index].contents.pop_any() {
+            self.let_go(content, Err(RequestError::ShuttingDown));
+        }
+        self.fail_held(index);
+        // The replica stays, and follows whoever leads.
+        if self.replication.replicas[index].leader == Leader::ThisNode {
+            self.replication.replicas[index].leader = Leader::Nobody;
+        }
+    }
+
+    fn connections_of(&mut self, served: usize) -> Vec<ConnectionId> {
+        let chosen = |id: &ConnectionId| {
+            self.connections[id.0 as usize]
+                .as_ref()
+                .is_some_and(|connection| connection.export.is_some_and(|export| export.0 as usize == served))
+        };
+        (0..crate::limits::CONNECTIONS_MAX).map(ConnectionId).filter(chosen).collect()
+    }
+
+    /// A client has chosen the volume and nobody leads it here: this node becomes the head.
+    pub(super) fn take_over_if_asked(&mut self, index: usize) {
+        let replica = &self.replication.replicas[index];
+        if replica.head.is_active() || replica.member.is_none() || self.draining {
+            return;
+        }
+        if self.served[replica.served].connections > 0 {
+            let (now, random) = (self.now, self.replication.random());
+            self.replication.replicas[index].head.take(now, random);
+        }
+    }
+}

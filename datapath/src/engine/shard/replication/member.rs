@@ -1,0 +1,258 @@
+//! What heads ask of this node's members, carried out.
+
+use super::super::Shard;
+use super::{Leader, Replica, Work};
+use crate::checksum::crc32c;
+use crate::engine::ports::ConnectionId;
+use crate::memory::Memory;
+use crate::record::VolumeNumber;
+use crate::replica::member::{Member, Step};
+use crate::store::lane::{BlockRange, FetchOutcome, Fetched, OwnedPayload, Payload};
+use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
+use crate::wire::peer_message::{ChangeHeader, PEER_PAYLOAD_BYTES_MAX, PeerFrame, PeerMessage};
+
+impl<M: Memory> Shard<M> {
+    /// The member of a volume begins when the volume lasts in its lane.
+    pub(super) fn start_member(&mut self, index: usize) {
+        let Replica { served, member, failed, .. } = &self.replication.replicas[index];
+        if member.is_some() || *failed {
+            return;
+        }
+        let (lane, volume) = (self.served[*served].lane, self.served[*served].volume);
+        let lane = &self.lanes[lane].lane;
+        if !lane.is_open() || lane.has_failed() || !lane.is_lasting(volume) {
+            return;
+        }
+        let member = Member::new(self.now, lane.promised(volume), lane.last_stamp(volume));
+        let (now, node) = (self.now, self.replication.node());
+        let replica = &mut self.replication.replicas[index];
+        replica.member = Some(member);
+        replica.head.member_up(now, node);
+    }
+
+    /// A head on another node asks.
+    pub(super) fn handle_request_of_head(
+        &mut self,
+        id: ConnectionId,
+        volume: VolumeNumber,
+        message: PeerMessage,
+        memory: Option<MemoryRange>,
+    ) {
+        match self.replication.find(volume) {
+            Some(index) => {
+                let leader = Leader::Link(id, self.link(id).generation);
+                self.ask_member_here(index, leader, message, memory);
+            }
+            // The record that names this node has not been read yet: the head will ask again.
+            None => self.drop_payload_of_peer(memory),
+        }
+    }
+
+    /// The head on this node asks. The payload is the head's.
+    pub(super) fn ask_own_member(&mut self, index: usize, message: PeerMessage, memory: Option<MemoryRange>) {
+        self.ask_member_here(index, Leader::ThisNode, message, memory);
+    }
+
+    fn drop_payload_of_peer(&mut self, memory: Option<MemoryRange>) {
+        if let Some(memory) = memory {
+            self.give_back_for_peer(memory);
+        }
+    }
+
+    fn ask_member_here(
+        &mut self,
+        index: usize,
+        asker: Leader,
+        message: PeerMessage,
+        memory: Option<MemoryRange>,
+    ) {
+        let now = self.now;
+        let replica = &mut self.replication.replicas[index];
+        let theirs = if asker == Leader::ThisNode { None } else { memory };
+        let Some(member) = &mut replica.member else { return self.drop_payload_of_peer(theirs) };
+        let before = member.epoch();
+        let step = member.handle(now, message);
+        if matches!(message, PeerMessage::Promise { epoch } if epoch >= before) {
+            replica.leader = asker;
+        }
+        match (step, message) {
+            (Step::Append, PeerMessage::Change { change, .. }) => {
+                return self.append_change(index, asker, change, memory);
+            }
+            (Step::StorePromise(epoch), _) => self.store_promise(index, epoch),
+            (Step::Fetch(sequence), PeerMessage::Fetch { epoch, .. }) => {
+                self.fetch(index, asker, epoch, sequence);
+            }
+            (Step::Answer(answer), _) => self.send_answer(index, asker, answer),
+            (Step::Violation, _) => match asker {
+                Leader::Link(id, _) => self.close_link(id),
+                Leader::ThisNode | Leader::Nobody => panic!("the own head sent {message:?}"),
+            },
+            _ => {}
+        }
+        self.drop_payload_of_peer(theirs);
+    }
+
+    fn append_change(
+        &mut self,
+        index: usize,
+        asker: Leader,
+        change: ChangeHeader,
+        memory: Option<MemoryRange>,
+    ) {
+        let own = asker == Leader::ThisNode;
+        let payload = memory
+            .map(|whole| if own { Payload::Lent(whole) } else { Payload::Owned(OwnedPayload { whole }) });
+        let lent = memory.filter(|_| own);
+        if let Some(memory) = lent {
+            self.use_memory(memory);
+        }
+        let pages = memory.filter(|_| !own).map_or(0, |memory| memory.len / BLOCK_BYTES);
+        let sequence = change.stamp.sequence;
+        let cookie = self.begin_work(Work::Append { replica: index, sequence, lent, pages });
+        let served = &self.served[self.replication.replicas[index].served];
+        let range = BlockRange { volume: served.volume, block: change.block, count: change.count };
+        self.with_lane(served.lane, |lane, context| {
+            lane.append(context, cookie, change.kind, range, payload, change.stamp);
+        });
+    }
+
+    fn store_promise(&mut self, index: usize, epoch: u32) {
+        let cookie = self.begin_work(Work::Promise { replica: index, epoch });
+        let served = &self.served[self.replication.replicas[index].served];
+        let volume = served.volume;
+        self.with_lane(served.lane, |lane, context| lane.promise(context, cookie, volume, epoch));
+    }
+
+    pub(super) fn finish_append(&mut self, index: usize, sequence: u64, good: bool) {
+        if !good {
+            return self.fail_member(index);
+        }
+        if let Some(member) = &mut self.replication.replicas[index].member {
+            member.appended(sequence);
+        }
+        self.answer_leader(index);
+    }
+
+    pub(super) fn finish_promise(&mut self, index: usize, epoch: u32, good: bool) {
+        if !good {
+            return self.fail_member(index);
+        }
+        if let Some(member) = &mut self.replication.replicas[index].member {
+            member.promise_stored(epoch);
+        }
+        self.answer_leader(index);
+    }
+
+    /// The replica cannot go on: it steps out, and the head will go on without it. If that is here, another node's turn
+    /// has come.
+    fn fail_member(&mut self, index: usize) {
+        let now = self.now;
+        let node = self.replication.node();
+        let replica = &mut self.replication.replicas[index];
+        if std::mem::replace(&mut replica.failed, true) {
+            return;
+        }
+        replica.member = None;
+        replica.head.member_down(now, node);
+        replica.head.resign();
+        self.settle_head(index);
+    }
+
+    /// Sends the leader what is due.
+    fn answer_leader(&mut self, index: usize) {
+        let now = self.now;
+        let replica = &mut self.replication.replicas[index];
+        let Some(member) = &mut replica.member else { return };
+        let leader = replica.leader;
+        let due = [member.poll_report(now), member.poll_ack()];
+        for answer in due.into_iter().flatten() {
+            self.send_answer(index, leader, answer);
+        }
+    }
+
+    fn send_answer(&mut self, index: usize, asker: Leader, answer: PeerMessage) {
+        match asker {
+            Leader::ThisNode => {
+                let node = self.replication.node();
+                self.answer_head(index, node, answer, Vec::new(), None);
+                self.settle_head(index);
+            }
+            Leader::Link(id, generation) => {
+                let volume = self.replication.replicas[index].volume;
+                if self.is_same_link(id, generation) {
+                    self.send_on_link(id, volume, answer);
+                }
+            }
+            Leader::Nobody => {}
+        }
+    }
+
+    fn fetch(&mut self, index: usize, leader: Leader, epoch: u32, sequence: u64) {
+        let pages = 1 + PEER_PAYLOAD_BYTES_MAX / BLOCK_BYTES;
+        // Without memory the question is dropped, and asked again.
+        let Some(memory) = self.allocate_for_peer(pages) else { return };
+        let cookie = self.begin_work(Work::Fetch { replica: index, epoch, sequence, memory, leader });
+        let served = &self.served[self.replication.replicas[index].served];
+        let volume = served.volume;
+        let blocks = memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES);
+        self.with_lane(served.lane, |lane, context| lane.fetch(context, cookie, volume, sequence, blocks));
+    }
+
+    pub(in crate::engine::shard) fn finish_fetch(&mut self, fetched: &Fetched) {
+        let work = self.replication.works.remove(fetched.cookie & !super::COOKIE);
+        let Work::Fetch { replica, epoch, sequence, memory, leader } = work else { unreachable!("a fetch") };
+        let FetchOutcome::Found { stamp, kind, block, count } = fetched.outcome else {
+            self.give_back_for_peer(memory);
+            return self.send_answer(replica, leader, PeerMessage::FetchGone { epoch, sequence });
+        };
+        // The head knows the predecessor's epoch.
+        let previous = crate::record::Stamp { epoch: stamp.epoch, sequence: sequence - 1 };
+        let change = ChangeHeader { kind, block, count, stamp, previous };
+        let message = PeerMessage::Fetched { epoch, change };
+        let payload_pages = change.payload_blocks();
+        let kept = if payload_pages > 0 { 1 + payload_pages } else { 0 };
+        let all = memory.len / BLOCK_BYTES;
+        self.give_back_for_peer(memory.part(kept * BLOCK_BYTES, (all - kept) * BLOCK_BYTES));
+        let memory = (kept > 0).then(|| memory.part(0, kept * BLOCK_BYTES));
+        let checksums = memory.map_or_else(Vec::new, |memory| {
+            let blocks = self.memory.bytes(memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES));
+            blocks.chunks_exact(BLOCK_BYTES_USIZE).map(crc32c).collect()
+        });
+        match leader {
+            Leader::ThisNode => {
+                let node = self.replication.node();
+                self.answer_head(replica, node, message, checksums, memory);
+                self.settle_head(replica);
+            }
+            Leader::Link(id, generation) => {
+                self.send_fetched((id, generation), replica, message, &checksums, memory);
+            }
+            Leader::Nobody => self.drop_payload_of_peer(memory),
+        }
+    }
+
+    fn send_fetched(
+        &mut self,
+        (id, generation): (ConnectionId, u64),
+        index: usize,
+        message: PeerMessage,
+        checksums: &[u32],
+        memory: Option<MemoryRange>,
+    ) {
+        let volume = self.replication.replicas[index].volume;
+        let there = self.is_same_link(id, generation);
+        let Some(memory) = memory else {
+            if there {
+                self.send_on_link(id, volume, message);
+            }
+            return;
+        };
+        if !there {
+            return self.give_back_for_peer(memory);
+        }
+        // From now on its users hold it.
+        self.replication.peer_pages -= memory.len / BLOCK_BYTES;
+        self.send_payload(id, PeerFrame { volume, message }, checksums, memory);
+    }
+}

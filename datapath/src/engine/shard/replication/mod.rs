@@ -1,0 +1,312 @@
+//! Replicated volumes of a shard: their heads and members, and what these two want of lanes, links and clients.
+//!
+//! ```text
+//!   client's write ─▶ piece ─▶ head ─┬─▶ link ─▶ member on another node ─▶ its lane
+//!                                    └─▶ own member ─▶ own lane
+//!   client's answer ◀─ piece ◀─ committed ◀─ acknowledgements ─┘
+//! ```
+//!
+//! The head's own replica is a member like any other, only that no network is between them.
+
+mod content;
+mod dial;
+mod head;
+mod link;
+mod link_input;
+mod member;
+mod reads;
+
+use super::{Served, Shard};
+use crate::engine::ports::ConnectionId;
+use crate::engine::region_locks::RegionLocks;
+use crate::limits::CONNECTIONS_MAX;
+use crate::memory::Memory;
+use crate::record::{NodeId, Record, VolumeNumber};
+use crate::replica::head::Head;
+use crate::replica::member::Member;
+use crate::store::checkpoint_body::VolumeRecord;
+use crate::store::lane::Completion;
+use crate::store::slab::Slab;
+use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
+use content::{Contents, Users};
+use dial::Dials;
+use link::Link;
+use reads::HeldRead;
+use std::collections::VecDeque;
+
+/// Cookies of lanes' requests that are a replica's and not a piece's have this bit.
+const COOKIE: u32 = 1 << 31;
+/// One part in so many of the memory is for what comes from other nodes.
+const PEER_PAGES_PART: u32 = 4;
+
+/// A node of a cluster, as its shard knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeConfig {
+    /// Its number.
+    pub node: NodeId,
+    /// Random at each start of the process.
+    pub boot: u64,
+}
+
+/// Who asked a member for its promise, and hears its acknowledgements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leader {
+    Nobody,
+    ThisNode,
+    /// A head on another node, by the link that it called on.
+    Link(ConnectionId, u64),
+}
+
+/// One replicated volume.
+#[derive(Debug)]
+struct Replica {
+    volume: VolumeNumber,
+    /// Its position among the served volumes, which is its export.
+    served: usize,
+    head: Head,
+    /// Nothing before the volume lasts in its lane, and after it has failed.
+    member: Option<Member>,
+    failed: bool,
+    leader: Leader,
+    /// What the changes that are not committed hold.
+    contents: Contents,
+    /// Reads that came back from the lane and may not be answered yet.
+    held: Vec<HeldRead>,
+}
+
+/// What a lane does for a replica.
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    Append { replica: usize, sequence: u64, lent: Option<MemoryRange>, pages: u32 },
+    Promise { replica: usize, epoch: u32 },
+    Fetch { replica: usize, epoch: u32, sequence: u64, memory: MemoryRange, leader: Leader },
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Replication {
+    node: Option<NodeConfig>,
+    /// Makes the names of heads' sessions.
+    random: u64,
+    replicas: Vec<Replica>,
+    works: Slab<Work>,
+    proposals: VecDeque<Box<Record>>,
+    links: Vec<Option<Box<Link>>>,
+    /// Counts links, so that one is not taken for an earlier one of the same number.
+    links_opened: u64,
+    /// Links whose next payload waits for memory.
+    hungry_links: VecDeque<ConnectionId>,
+    dials: Dials,
+    users: Users,
+    /// Pages with what came from other nodes, and how many that may be.
+    peer_pages: u32,
+    peer_pages_max: u32,
+}
+
+impl Replication {
+    pub(super) fn new(node: Option<NodeConfig>, free_pages: u32, memory_bytes: u32) -> Replication {
+        Replication {
+            node,
+            random: node.map_or(0, |node| node.boot),
+            replicas: Vec::new(),
+            works: Slab::default(),
+            proposals: VecDeque::new(),
+            links: if node.is_some() { (0..CONNECTIONS_MAX).map(|_| None).collect() } else { Vec::new() },
+            links_opened: 0,
+            hungry_links: VecDeque::new(),
+            dials: Dials::default(),
+            users: Users::new(if node.is_some() { memory_bytes } else { 0 }),
+            peer_pages: 0,
+            peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
+        }
+    }
+
+    /// Pages that requests of clients leave to other nodes.
+    pub(super) fn pages_kept(&self) -> u32 {
+        self.peer_pages_max
+    }
+
+    pub(super) fn poll_proposal(&mut self) -> Option<Box<Record>> {
+        self.proposals.pop_front()
+    }
+
+    pub(super) fn is_link(&self, connection: ConnectionId) -> bool {
+        self.links.get(connection.0 as usize).is_some_and(Option::is_some)
+    }
+
+    fn find(&self, volume: VolumeNumber) -> Option<usize> {
+        self.replicas.iter().position(|replica| replica.volume == volume)
+    }
+
+    fn node(&self) -> NodeId {
+        self.node.expect("only nodes have replicas").node
+    }
+
+    /// SplitMix64 (Steele, Lea, Flood, 2014).
+    fn random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.random ^ self.random >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    /// When a head or a dial wants its turn.
+    pub(super) fn poll_timeout(&self) -> Option<Moment> {
+        let heads = self.replicas.iter().filter_map(|replica| replica.head.poll_timeout());
+        heads.chain(self.dials.poll_timeout()).min()
+    }
+}
+
+impl<M: Memory> Shard<M> {
+    /// News of a volume.
+    pub(super) fn handle_record(&mut self, record: Record) {
+        let node = self.replication.node();
+        let index = match self.replication.find(record.volume) {
+            Some(index) => index,
+            None if record.replicas().contains(&node) => self.add_replica(&record),
+            None => return,
+        };
+        let now = self.now;
+        let Replication { replicas, dials, .. } = &mut self.replication;
+        let Replica { head, member, .. } = &mut replicas[index];
+        let member_ready = member.is_some();
+        head.handle_record(now, &record, |to| if to == node { member_ready } else { dials.is_up(to) });
+        self.settle_head(index);
+    }
+
+    /// The node has, or is to have, a replica of the volume.
+    fn add_replica(&mut self, record: &Record) -> usize {
+        let number = record.volume.0;
+        let known = self.lanes.iter().position(|shard_lane| {
+            shard_lane.lane.volumes().iter().any(|volume| volume.record.number == number)
+        });
+        let lane = known.unwrap_or(number as usize % self.lanes.len());
+        let put = VolumeRecord {
+            number,
+            epoch: 0,
+            size_blocks: record.size_blocks,
+            sequence: 0,
+            identity: record.lineage,
+            name: record.name.clone(),
+            promise: 0,
+        };
+        let own = &mut self.lanes[lane].lane;
+        if known.is_none() {
+            own.put_volume(put);
+        }
+        let volume = own.volumes().iter().position(|volume| volume.record.number == number);
+        let volume = u32::try_from(volume.expect("just put there")).expect("volumes fit 32 bits");
+        let own_lineage = own.volumes()[volume as usize].record.identity == record.lineage;
+        let size_bytes = record.size_blocks * BLOCK_BYTES_U64;
+        self.exports.add(record.name.clone(), size_bytes, self.read_only);
+        let served = self.served.len();
+        let index = self.replication.replicas.len();
+        self.served.push(Served {
+            lane,
+            volume,
+            locks: RegionLocks::default(),
+            requests_under_way: 0,
+            connections: 0,
+            replica: Some(index),
+        });
+        // The head's version is of the time before the record was read, so that it takes note of this one.
+        let unread = Record { version: 0, ..record.clone() };
+        self.replication.replicas.push(Replica {
+            volume: record.volume,
+            served,
+            head: Head::new(self.replication.node(), unread),
+            member: None,
+            // A replica of another lineage has nothing in common with this volume.
+            failed: !own_lineage,
+            leader: Leader::Nobody,
+            contents: Contents::default(),
+            held: Vec::new(),
+        });
+        index
+    }
+
+    /// Once per turn: members that can begin, timeouts of heads, links that waited, acknowledgements.
+    pub(super) fn upkeep_replication(&mut self) {
+        if self.replication.node.is_none() {
+            return;
+        }
+        self.feed_hungry_links();
+        for index in 0..self.replication.replicas.len() {
+            self.start_member(index);
+            self.take_over_if_asked(index);
+            let now = self.now;
+            let head = &mut self.replication.replicas[index].head;
+            if head.poll_timeout().is_some_and(|moment| moment <= now) {
+                head.handle_timeout(now);
+            }
+            self.settle_head(index);
+            self.answer_held(index);
+        }
+        self.dial_members();
+    }
+
+    /// A lane has done something for a replica.
+    pub(super) fn finish_work(&mut self, completion: &Completion) {
+        let work = self.replication.works.remove(completion.cookie & !COOKIE);
+        match work {
+            Work::Append { replica, sequence, lent, pages } => {
+                self.replication.peer_pages -= pages;
+                if let Some(memory) = lent {
+                    self.unuse(memory);
+                }
+                self.finish_append(replica, sequence, completion.result.is_ok());
+            }
+            Work::Promise { replica, epoch } => {
+                self.finish_promise(replica, epoch, completion.result.is_ok());
+            }
+            Work::Fetch { .. } => unreachable!("fetches are polled"),
+        }
+    }
+
+    /// The node stops, and its clients are gone: heads resign and links are closed. True when nothing is left.
+    pub(super) fn replication_has_ended(&mut self) -> bool {
+        for index in 0..self.replication.replicas.len() {
+            self.replication.replicas[index].head.resign();
+            self.settle_head(index);
+        }
+        self.close_links();
+        self.replication.links.iter().all(Option::is_none) && self.replication.works.is_empty()
+    }
+
+    pub(super) fn is_replication_cookie(cookie: u32) -> bool {
+        cookie & COOKIE != 0
+    }
+
+    fn begin_work(&mut self, work: Work) -> u32 {
+        self.replication.works.insert(work) | COOKIE
+    }
+
+    /// May clients' requests to this served volume go on? One that is not replicated is open with its lane.
+    pub(super) fn is_led_here(&self, served: usize) -> bool {
+        match self.served[served].replica {
+            Some(replica) => self.replication.replicas[replica].head.is_serving(),
+            None => true,
+        }
+    }
+
+    /// For failing tests.
+    pub(super) fn describe_replication(&self, out: &mut String) {
+        use std::fmt::Write;
+        for replica in &self.replication.replicas {
+            let Replica { volume, head, member, leader, held, contents, .. } = replica;
+            let _ = writeln!(
+                out,
+                "{volume:?}: {}\n  member {member:?} of {leader:?}, held {}, contents {}",
+                head.describe(),
+                held.len(),
+                contents.len()
+            );
+        }
+        for (index, link) in self.replication.links.iter().enumerate() {
+            if let Some(link) = link {
+                let _ = writeln!(out, "link {index}: {link:?}");
+            }
+        }
+        let _ = writeln!(out, "{:?}, peer pages {}", self.replication.dials, self.replication.peer_pages);
+    }
+}

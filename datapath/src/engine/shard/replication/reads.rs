@@ -1,0 +1,62 @@
+//! Reads of a replicated volume: answered only with what is committed, and only with everybody's leave.
+//!
+//! The lane shows a change as soon as it is on this node's media, which is before it is committed. A read that may have
+//! seen one waits until that is: every change not committed when the read ends counts. Then either content is right.
+
+use super::super::Shard;
+use super::super::read::blocks_of;
+use super::super::task::PieceKind;
+use crate::memory::Memory;
+use crate::request::RequestError;
+use crate::store::lane::Completion;
+
+/// A read that waits, and the last change that it may have seen.
+#[derive(Debug)]
+pub(super) struct HeldRead {
+    completion: Completion,
+    until: u64,
+}
+
+impl<M: Memory> Shard<M> {
+    /// Keeps the end of a read that may not be answered yet. True if it was kept.
+    pub(in crate::engine::shard) fn hold_read(&mut self, completion: &Completion) -> bool {
+        let piece = self.pieces.get(completion.cookie);
+        let served = self.tasks.get(piece.task).export as usize;
+        let (Some(replica), PieceKind::Read(read)) = (self.served[served].replica, piece.kind) else {
+            return false;
+        };
+        let head = &self.replication.replicas[replica].head;
+        let (block, count) = blocks_of(read.offset_bytes, read.length_bytes);
+        let overlaps = |first: u32, length: u32| first < block + count && block < first + length;
+        let overlapping = head.pending().filter(|change| overlaps(change.block, change.count));
+        let until = overlapping.last().map_or(0, |change| change.stamp.sequence);
+        if completion.result.is_err() || head.committed() >= until && head.may_read(self.now) {
+            return false;
+        }
+        self.replication.replicas[replica].held.push(HeldRead { completion: *completion, until });
+        true
+    }
+
+    /// Looks at held reads again.
+    pub(super) fn answer_held(&mut self, index: usize) {
+        let now = self.now;
+        let replica = &mut self.replication.replicas[index];
+        if replica.held.is_empty() || !replica.head.may_read(now) {
+            return;
+        }
+        let committed = replica.head.committed();
+        let ready: Vec<HeldRead> = replica.held.extract_if(.., |held| held.until <= committed).collect();
+        for HeldRead { completion, .. } in ready {
+            self.progress = true;
+            self.finish_piece(&completion);
+        }
+    }
+
+    /// The volume is not led here any more: nobody knows what it holds now.
+    pub(super) fn fail_held(&mut self, index: usize) {
+        for held in std::mem::take(&mut self.replication.replicas[index].held) {
+            let result = Err(RequestError::ShuttingDown);
+            self.finish_piece(&Completion { result, ..held.completion });
+        }
+    }
+}
