@@ -101,6 +101,8 @@ pub struct LogEnd {
     pub block: u32,
     /// The segment that was reserved for what comes after `segment`.
     pub next_segment: SegmentIndex,
+    /// Number of that batch; 0 if there never was one.
+    pub number: u64,
 }
 
 /// A lane's state after recovery.
@@ -216,6 +218,7 @@ pub fn recover_lane(
 /// reserved. Batches that were discarded lie there, but they are of an older mount than the root will be.
 fn reopen_log(layout: &Layout, segments: &mut SegmentTable, end: &LogEnd) {
     if !layout.is_anchor(end.segment) {
+        segments.restore_newest(end.segment, end.number);
         segments.reopen(end.segment);
     }
     if end.next_segment != end.segment {
@@ -225,7 +228,8 @@ fn reopen_log(layout: &Layout, segments: &mut SegmentTable, end: &LogEnd) {
 
 impl Cursor {
     fn log_end(&self) -> LogEnd {
-        LogEnd { segment: self.segment, block: self.block, next_segment: self.next_segment }
+        let Cursor { segment, block, next_segment, number, .. } = *self;
+        LogEnd { segment, block, next_segment, number }
     }
 }
 
@@ -447,6 +451,7 @@ impl<'r, R: PoolReader> Walker<'r, R> {
                 segment,
                 block: block + descriptor.total_blocks(),
                 next_segment: header.next_segment,
+                number: header.number,
             },
         });
         self.cursor = Cursor {

@@ -39,7 +39,7 @@ pub struct Cursor {
     pub generation: u64,
     /// Number of the last batch that the checkpoint includes.
     pub number: u64,
-    /// CRC of that batch's descriptor.
+    /// CRC of that batch's descriptor; 0 if it is of an earlier mount, since each begins a chain.
     pub chain: u32,
     /// Where the stream goes on after `segment`.
     pub next_segment: SegmentIndex,

@@ -121,6 +121,11 @@ impl SegmentTable {
         self.note_batch(segment, number);
     }
 
+    /// The newest batch of the segment that counts: recovery discarded what follows it there.
+    pub fn restore_newest(&mut self, segment: SegmentIndex, number: u64) {
+        self.segments[segment.0 as usize].newest_number = number;
+    }
+
     /// A stream goes on in a segment that it had begun, or reserved, before a restart.
     pub fn reopen(&mut self, segment: SegmentIndex) {
         assert!(matches!(self.state(segment), SegmentState::Foreign | SegmentState::Sealed));

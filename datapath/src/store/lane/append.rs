@@ -38,7 +38,7 @@ impl Lane {
                 self.seal(context, kind, false);
             }
         }
-        if self.streams[kind.index()].open.is_none() && !self.open_batch(context, kind, entry.kind, blocks) {
+        if self.streams[kind.index()].open.is_none() && !self.open_batch(kind, entry.kind, blocks) {
             return false;
         }
         let open = self.streams[kind.index()].open.as_mut().expect("just opened");
@@ -68,8 +68,11 @@ impl Lane {
         if self.streams[kind.index()].open.is_some() {
             self.seal(context, kind, false);
         }
-        if self.blocks_left(kind) < 2 && !self.leave_segment(context, kind, entry.kind) {
-            return false;
+        if self.blocks_left(kind) < 2 {
+            if !self.can_advance(kind, entry.kind) {
+                return false;
+            }
+            self.advance_segment(kind);
         }
         let left = self.blocks_left(kind);
         if left > entry.count {
@@ -244,19 +247,16 @@ impl Lane {
         }
     }
 
-    pub(super) fn open_batch<M: Memory>(
-        &mut self,
-        context: &mut Context<'_, M>,
-        kind: StreamKind,
-        entry: EntryKind,
-        blocks: u32,
-    ) -> bool {
+    pub(super) fn open_batch(&mut self, kind: StreamKind, entry: EntryKind, blocks: u32) -> bool {
         let kept = if kind == StreamKind::Client { BATCH_BUFFERS_KEPT } else { 0 };
         if self.batch_buffers.len() <= kept {
             return false;
         }
-        if self.blocks_left(kind) < 1 + blocks && !self.leave_segment(context, kind, entry) {
-            return false;
+        if self.blocks_left(kind) < 1 + blocks {
+            if !self.can_advance(kind, entry) {
+                return false;
+            }
+            self.advance_segment(kind);
         }
         let capacity_blocks = (self.blocks_left(kind) - 1).min(BATCH_BUFFER_PAGES - 1);
         let memory = self.batch_buffers.pop().expect("counted above");
@@ -319,34 +319,6 @@ impl Lane {
         room.saturating_sub(room / 64 + 2)
     }
 
-    /// The stream goes on to its next segment if it may. Where the mount before it ended in the segment that is left,
-    /// batches may follow that recovery discarded; if this mount has not written over the first of them yet, an empty
-    /// batch does so. The batches of a segment that the clients' stream has left are thus those that count.
-    fn leave_segment<M: Memory>(
-        &mut self,
-        context: &mut Context<'_, M>,
-        kind: StreamKind,
-        entry: EntryKind,
-    ) -> bool {
-        if !self.can_advance(kind, entry) {
-            return false;
-        }
-        let position = self.streams[kind.index()].position.expect("an open stream");
-        let untouched = self.log_ends[0].is_some_and(|end| {
-            (end.segment, end.block) == (position.segment, position.block) && self.blocks_left(kind) > 0
-        });
-        if kind == StreamKind::Client && untouched && position.generation > 0 {
-            let Some(buffer) = self.batch_buffers.pop() else { return false };
-            let descriptor = buffer.part(0, BLOCK_BYTES);
-            let (memory, records) =
-                (BatchMemory::Buffer(buffer), self.record_vectors.pop().unwrap_or_default());
-            let writer = DescriptorWriter::new();
-            self.submit(context, kind, writer, descriptor, &[descriptor], memory, records, false);
-        }
-        self.advance_segment(kind);
-        true
-    }
-
     /// The stream leaves its segment for the next one and reserves one more. The map's stream is never rolled
     /// forward, so it needs no next one named in its batches.
     ///
@@ -380,13 +352,10 @@ impl Lane {
                 segment: anchor,
                 block: its_end,
                 next_segment: self.segments.open().expect("counted above"),
+                number: 0,
             });
             let generation = if end.segment == anchor { 0 } else { self.next_generation() };
-            if index == StreamKind::Client.index() && generation > 0 {
-                // The checkpoint does not list a segment without anything alive, so its age may be unknown.
-                self.segments.restore_found(end.segment, self.last_number);
-            }
-            let LogEnd { segment, block, next_segment } = end;
+            let LogEnd { segment, block, next_segment, .. } = end;
             self.streams[index].position = Some(Position { segment, block, generation, next_segment });
         }
         let (segment, block) = self.map_end.unwrap_or((anchor, its_end));

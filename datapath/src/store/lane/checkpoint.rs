@@ -182,13 +182,15 @@ impl Lane {
         cut.last_number = self.last_number;
         cut.cursors = self.streams[..LOGGED_STREAMS]
             .iter()
-            .map(|stream| {
+            .zip(&self.log_ends)
+            .map(|(stream, end)| {
                 let position = stream.first_unapplied();
                 Cursor {
                     segment: position.segment,
                     block: position.block,
                     generation: position.generation,
-                    number: stream.applied.0,
+                    // Nothing of this mount yet: the last one of those before.
+                    number: stream.applied.0.max(end.map_or(0, |end| end.number)),
                     chain: stream.applied.1,
                     next_segment: position.next_segment,
                 }
@@ -288,9 +290,7 @@ impl Lane {
     fn write_body<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         for copy in 0..2 {
             while self.checkpointer.body_at[copy] < self.checkpointer.body.len() {
-                if self.streams[StreamKind::Map.index()].writing_count() > 1
-                    || !self.open_batch_for_body(context)
-                {
+                if self.streams[StreamKind::Map.index()].writing_count() > 1 || !self.open_batch_for_body() {
                     return;
                 }
                 self.append_body_part(context, copy);
@@ -429,9 +429,9 @@ impl Lane {
         self.counters.checkpoints += 1;
     }
 
-    fn open_batch_for_body<M: Memory>(&mut self, context: &mut Context<'_, M>) -> bool {
+    fn open_batch_for_body(&mut self) -> bool {
         assert!(self.streams[StreamKind::Map.index()].open.is_none());
-        self.open_batch(context, StreamKind::Map, EntryKind::Checkpoint, 1)
+        self.open_batch(StreamKind::Map, EntryKind::Checkpoint, 1)
     }
 }
 

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A block counts as a descriptor only where one must be: at the start of a segment that is in use, or right behind a
-//! batch that counts, and chained to it or the first of a later mount. What recovery discarded, and what an earlier
+//! batch that counts, and chained to it or the first of a later mount; and up to the newest batch that the segment is
+//! known to hold. What recovery discarded, and what an earlier
 //! use of the segment left behind, is therefore never taken for the log.
 
 use super::stamped::change_of_entry;

@@ -64,6 +64,8 @@ pub(super) struct Disk {
     pub(super) holds_reads: bool,
     /// Writes and syncs are not completed.
     pub(super) holds_writes: bool,
+    /// Syncs are not completed.
+    pub(super) holds_syncs: bool,
     /// Reads completed.
     pub(super) reads: u32,
 }
@@ -77,6 +79,7 @@ impl Disk {
             pending: Vec::new(),
             holds_reads: false,
             holds_writes: false,
+            holds_syncs: false,
             reads: 0,
         }
     }
@@ -110,7 +113,8 @@ impl Disk {
     pub(super) fn complete_one(&mut self, memory: &mut TestMemory, random: &mut Random) -> Option<DiskToken> {
         let free = |pending: &Pending| match pending.effect {
             DiskEffect::Read { .. } => !self.holds_reads,
-            DiskEffect::Write { .. } | DiskEffect::Sync { .. } => !self.holds_writes,
+            DiskEffect::Write { .. } => !self.holds_writes,
+            DiskEffect::Sync { .. } => !self.holds_writes && !self.holds_syncs,
         };
         let ready: Vec<usize> = (0..self.pending.len()).filter(|index| free(&self.pending[*index])).collect();
         if ready.is_empty() {

@@ -1,5 +1,6 @@
 //! A fetched change is the one that was made, or gone; never another.
 
+use super::super::stream::StreamKind;
 use super::*;
 use crate::store::batch::Descriptor;
 
@@ -31,6 +32,20 @@ fn what_the_log_holds_is_found_across_segments_and_halves() {
     world.run();
     let found = (1..=120).filter(|sequence| world.fetch(*sequence)).count();
     assert!(found > 100, "a restart frees what holds nothing alive, and no more: {found}");
+}
+
+#[test]
+fn mounts_that_write_nothing_lose_nothing() {
+    let mut world = World::new(AckPolicy::Durable, 40, 4);
+    for block in 0..30 {
+        world.append(ChangeKind::Data, block * 5, 4, false);
+        world.run();
+    }
+    for _ in 0..4 {
+        world.lose_power();
+        world.run();
+        assert!((1..=30).all(|sequence| world.fetch(sequence)));
+    }
 }
 
 #[test]
@@ -100,6 +115,54 @@ fn neither_the_cleaner_nor_discarded_batches_make_it_find_another_change() {
         assert!((last - 3..=last).all(|sequence| world.fetch(sequence)), "the newest changes are in the log");
     }
     assert!(found > 100 && gone > 100 && replaced > 20, "{found} found, {gone} gone, {replaced} replaced");
+}
+
+#[test]
+fn a_discarded_batch_at_a_segments_end_is_never_found() {
+    let mut world = World::new(AckPolicy::Device, 40, 2);
+    world.append(ChangeKind::Data, 0, 1, false);
+    world.run();
+    // What is written here stays alive, so that the segment is kept.
+    let mut block = 0;
+    while world.lane.blocks_left(StreamKind::Client) > 3 {
+        let kind =
+            if world.lane.blocks_left(StreamKind::Client) > 4 { ChangeKind::Data } else { ChangeKind::Trim };
+        world.append(kind, block, 1, false);
+        block += u32::from(kind == ChangeKind::Data);
+        world.run();
+    }
+    assert_eq!(world.lane.blocks_left(StreamKind::Client), 3);
+    // Two batches that fill the segment. The payload of the first is torn, so that both are discarded.
+    world.disk.holds_syncs = true;
+    let last = world.lane.last_stamp(0).sequence;
+    world.append(ChangeKind::Data, 3000, 1, false);
+    world.run();
+    world.append(ChangeKind::Trim, 1, 1, false);
+    world.run();
+    let content = world.made.iter().find(|made| made.block == 3000).unwrap().content(3000);
+    world.disk.kill();
+    let mut blocks = world.disk.seen.chunks_exact_mut(BLOCK_BYTES_USIZE);
+    blocks.find(|block| **block == content).expect("written")[5] ^= 1;
+    world.disk.holds_syncs = false;
+    world.restart();
+    assert_eq!(world.lane.last_stamp(0).sequence, last);
+    // Other changes get their numbers. They do not fit there, and their segment is written anew in time.
+    world.epoch = 2;
+    world.append(ChangeKind::Data, 2000, 3, false);
+    world.run();
+    world.append(ChangeKind::Data, 2000, 3, false);
+    world.run();
+    assert!(world.fetch(last + 2));
+    for _ in 0..10 {
+        world.append(ChangeKind::Data, 2000, 200, false);
+        world.run();
+    }
+    world.lane.request_checkpoint();
+    world.run();
+    assert!(!world.fetch(last + 2) && !world.fetch(last + 1), "they were discarded, or are gone");
+    assert!(world.fetch(last), "the segment is still there");
+    world.lose_power();
+    assert!(!world.fetch(last + 2) && world.fetch(last));
 }
 
 #[test]
