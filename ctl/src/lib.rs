@@ -1,3 +1,5 @@
 //! The control plane and the tools of the `berth` binary.
 
 pub mod bench;
+pub mod record_store;
+pub mod service;

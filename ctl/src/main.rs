@@ -7,8 +7,12 @@ use clap::{Parser, Subcommand};
 
 use berth::bench::{self, BenchArgs};
 
+mod ctl;
+mod node;
 mod pool;
+mod remote;
 mod serve;
+mod volume;
 
 /// Block volumes for containers.
 #[derive(Debug, Parser)]
@@ -23,6 +27,9 @@ enum Command {
     Serve(serve::ServeArguments),
     Bench(BenchCommand),
     Pool(pool::PoolArguments),
+    Ctl(ctl::CtlArguments),
+    Volume(volume::VolumeArguments),
+    Node(node::NodeArguments),
 }
 
 /// Load volumes over NBD and measure, or verify that none of it is lost.
@@ -52,6 +59,9 @@ fn main() -> ExitCode {
         }
         Command::Bench(command) => run_bench(&command).map(|()| true),
         Command::Pool(arguments) => pool::run(&arguments),
+        Command::Ctl(arguments) => ctl::run(arguments).map(|()| true),
+        Command::Volume(arguments) => volume::run(&arguments).map(|()| true),
+        Command::Node(arguments) => node::run(&arguments).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

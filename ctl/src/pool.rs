@@ -9,9 +9,9 @@ use nbd_server::pool_tools::{Inspection, LaneInspection, format, grow, inspect, 
 use nbd_server::pools::LANES;
 use nbd_server::size::Size;
 use nbd_server::volume_name::VolumeName;
-use serde::Serialize;
 
 use crate::Output;
+use crate::remote::print;
 
 /// Make, look at and change pools that no server has open.
 #[derive(Debug, Args)]
@@ -104,16 +104,6 @@ pub(crate) fn run(arguments: &PoolArguments) -> Result<bool, String> {
         }
     }
     Ok(true)
-}
-
-fn print(output: Output, result: &impl Serialize, text: impl FnOnce() -> String) -> Result<(), String> {
-    match output {
-        Output::Text => print!("{}", text()),
-        Output::Json => {
-            println!("{}", serde_json::to_string_pretty(result).map_err(|error| error.to_string())?);
-        }
-    }
-    Ok(())
 }
 
 fn inspection(pool: &Inspection) -> String {

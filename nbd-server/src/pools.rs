@@ -18,6 +18,7 @@ use datapath::store::recovery::{PoolReader, Recovered, RecoveryError, read_layou
 use datapath::units::{BLOCK_BYTES, BLOCK_BYTES_U64};
 use thiserror::Error;
 
+use crate::random::random_bytes;
 use crate::serve::VolumeConfig;
 use crate::size::Size;
 use crate::volume_name::VolumeName;
@@ -138,8 +139,9 @@ pub fn create_pool(path: &Path, size: Size, lanes: u32) -> Result<PoolFile, Pool
 /// [`PoolsError::Layout`], [`PoolsError::Write`] and [`PoolsError::Random`].
 pub fn format_pool(pool: &PoolFile, lanes: u32) -> Result<Layout, PoolsError> {
     let path = || pool.path().to_owned();
-    let layout = Layout::for_new_pool(random_bytes()?, pool.length_bytes(), lanes)
-        .map_err(|source| PoolsError::Layout { path: path(), source })?;
+    let layout =
+        Layout::for_new_pool(random_bytes().map_err(PoolsError::Random)?, pool.length_bytes(), lanes)
+            .map_err(|source| PoolsError::Layout { path: path(), source })?;
     let write = |source| PoolsError::Write { path: path(), source };
     let writes = format_writes(&layout);
     let (first_header, others) = writes.split_last().expect("a format writes headers");
@@ -271,19 +273,10 @@ fn place_volumes(
             epoch: 1,
             size_blocks,
             sequence: 0,
-            identity: random_bytes()?,
+            identity: random_bytes().map_err(PoolsError::Random)?,
             promise: 0,
             name: volume.name.to_string(),
         });
     }
     Ok(wishes)
-}
-
-fn random_bytes() -> Result<[u8; 16], PoolsError> {
-    use std::io::Read as _;
-    let mut bytes = [0; 16];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut bytes))
-        .map_err(PoolsError::Random)?;
-    Ok(bytes)
 }

@@ -2,6 +2,7 @@
 
 pub mod blocks;
 pub mod client;
+pub mod ctl;
 pub mod metrics;
 pub mod mounted;
 pub mod postgres;

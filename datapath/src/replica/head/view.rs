@@ -10,6 +10,9 @@ use crate::units::Moment;
 use crate::wire::peer_message::ChangeHeader;
 use std::collections::VecDeque;
 
+/// Ends of epochs that a record keeps for replicas that have been away.
+const EPOCH_ENDS_KEPT: usize = 64;
+
 impl Head {
     /// Wants this node to be the head. `random` tells this attempt from every other.
     pub fn take(&mut self, now: Moment, random: u64) {
@@ -235,7 +238,14 @@ impl Head {
         let since_version = self.record.version + 1;
         wanted.stale.extend(left.map(|node| StaleReplica { node: *node, since_version }));
         wanted.stale.sort_by_key(|replica| replica.node);
+        if wanted.stale.is_empty() && wanted.catching_up.is_empty() {
+            // Nobody is left who could have come to another end.
+            wanted.epoch_ends.clear();
+        }
         if wanted.last_started > 0 {
+            // A replica older than the oldest end is copied whole.
+            let surplus = (wanted.epoch_ends.len() + 1).saturating_sub(EPOCH_ENDS_KEPT);
+            wanted.epoch_ends.drain(..surplus);
             wanted.epoch_ends.push(EpochEnd { epoch: wanted.last_started, sequence: lead.committed });
         }
         wanted.version = since_version;

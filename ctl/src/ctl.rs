@@ -1,0 +1,43 @@
+//! The flags of `berth ctl`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use berth::service::server::{self, CtlConfig};
+use clap::Args;
+
+/// Keep the records of all volumes: who has a replica, who leads. Nodes and commands connect to it.
+#[derive(Debug, Args)]
+pub(crate) struct CtlArguments {
+    /// Where the records are kept: redb:PATH, a file that is made if there is none.
+    #[arg(long, value_name = "redb:PATH", default_value = "redb:/var/lib/berth/ctl.redb")]
+    store: StorePlace,
+
+    /// Where nodes and commands connect.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:7440")]
+    listen: String,
+
+    /// Listen on an address that other machines can connect to, without authentication.
+    #[arg(long)]
+    insecure: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct StorePlace(PathBuf);
+
+impl FromStr for StorePlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.strip_prefix("redb:") {
+            Some(path) if !path.is_empty() => Ok(StorePlace(path.into())),
+            _ => Err("write redb:PATH, as in redb:/var/lib/berth/ctl.redb".to_owned()),
+        }
+    }
+}
+
+/// Runs until it is told to stop.
+pub(crate) fn run(arguments: CtlArguments) -> Result<(), String> {
+    let CtlArguments { store, listen, insecure } = arguments;
+    server::run(&CtlConfig { store: store.0, listen, insecure }).map_err(|error| error.to_string())
+}

@@ -1,0 +1,282 @@
+//! `berth.v1.Control` over a record store.
+
+pub mod feed;
+pub mod server;
+
+use std::sync::Arc;
+
+use datapath::record::{NodeId, VolumeNumber};
+use nbd_server::control::convert::{
+    MessageError, address, node_to_message, optional_address, record_from_message, record_to_message,
+    size_from_number, volume_from_number,
+};
+use nbd_server::control::limits::{PAGE_RECORDS_MAX, REPLICAS_MAX};
+use nbd_server::control::proto::{
+    self, compare_and_swap_reply, control_server, get_volume_request, watch_event,
+};
+use nbd_server::random::random_bytes;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::record_store::{Joining, NewVolume, RecordStore, StoreError, VolumeKey};
+use feed::{Cursor, Feed, FeedEnd, News};
+
+/// Events that wait for a watcher that does not read.
+const WATCH_QUEUE: usize = 16;
+/// Watchers at a time.
+const WATCHERS_MAX: usize = 8192;
+
+/// The service. Clones share everything.
+#[derive(Clone, Debug)]
+pub struct ControlService {
+    store: Arc<dyn RecordStore>,
+    feed: Arc<Feed>,
+    watchers: Arc<tokio::sync::Semaphore>,
+}
+
+impl ControlService {
+    /// Reads all records.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn new(store: Arc<dyn RecordStore>) -> Result<ControlService, StoreError> {
+        let feed = Arc::new(Feed::default());
+        let follower = Arc::clone(&feed);
+        store.follow(Box::new(move |change| follower.apply(change)))?;
+        let watchers = Arc::new(tokio::sync::Semaphore::new(WATCHERS_MAX));
+        Ok(ControlService { store, feed, watchers })
+    }
+
+    /// Ends all watches.
+    pub fn close(&self) {
+        self.feed.close();
+    }
+
+    /// Does a call of the store, which blocks, on a thread for such things. It is done even if the caller goes away.
+    async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn RecordStore) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let store = Arc::clone(&self.store);
+        let done = tokio::task::spawn_blocking(move || work(&*store)).await;
+        done.map_err(|error| Status::internal(error.to_string()))?.map_err(|error| status_of(&error))
+    }
+}
+
+/// As the client sees it.
+fn status_of(error: &StoreError) -> Status {
+    let text = error.to_string();
+    match error {
+        StoreError::Conflict(_) => Status::aborted(text),
+        StoreError::NoVolume(_) => Status::not_found(text),
+        StoreError::VolumeExists(_) => Status::already_exists(text),
+        StoreError::Rule(_)
+        | StoreError::NoNode(_)
+        | StoreError::NodeTwice(_)
+        | StoreError::Replicas(_)
+        | StoreError::MinInSync { .. } => Status::invalid_argument(text),
+        StoreError::Full(..) | StoreError::Numbers(_) => Status::resource_exhausted(text),
+        StoreError::Damaged { .. } => {
+            tracing::error!(%error, "record store");
+            Status::data_loss(text)
+        }
+        StoreError::Backend(_) => {
+            tracing::error!(%error, "record store");
+            Status::internal(text)
+        }
+    }
+}
+
+fn invalid(error: impl Into<MessageError>) -> Status {
+    Status::invalid_argument(error.into().to_string())
+}
+
+fn volume_reply(record: &datapath::record::Record) -> Response<proto::VolumeReply> {
+    Response::new(proto::VolumeReply { record: Some(record_to_message(record)) })
+}
+
+#[tonic::async_trait]
+impl control_server::Control for ControlService {
+    async fn join(&self, request: Request<proto::JoinRequest>) -> Result<Response<proto::JoinReply>, Status> {
+        let message = request.into_inner();
+        let joining = Joining {
+            name: message
+                .name
+                .parse()
+                .map_err(|error: nbd_server::node_name::NodeNameError| invalid(error))?,
+            boot: message.boot,
+            nbd: optional_address("nbd_address", message.nbd_address).map_err(invalid)?,
+            peer: address("peer_address", message.peer_address).map_err(invalid)?,
+        };
+        let node = self.call(move |store| store.join(&joining)).await?;
+        tracing::info!(node = %node.name, number = node.node.0, peer = node.peer, "node joined");
+        Ok(Response::new(proto::JoinReply { node: node.node.0 }))
+    }
+
+    type WatchStream = ReceiverStream<Result<proto::WatchEvent, Status>>;
+
+    async fn watch(
+        &self,
+        request: Request<proto::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let node = request.into_inner().node;
+        let node = (node != 0).then_some(NodeId(node));
+        let permit = Arc::clone(&self.watchers).try_acquire_owned();
+        let permit = permit.map_err(|_| Status::resource_exhausted("there are too many watchers already"))?;
+        let (sender, receiver) = mpsc::channel(WATCH_QUEUE);
+        let feed = Arc::clone(&self.feed);
+        tokio::spawn(async move {
+            tell(&feed, node, &sender).await;
+            drop(permit);
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn compare_and_swap(
+        &self,
+        request: Request<proto::CompareAndSwapRequest>,
+    ) -> Result<Response<proto::CompareAndSwapReply>, Status> {
+        use compare_and_swap_reply::Outcome;
+        let record = request.into_inner().record.ok_or_else(|| invalid(MessageError::Missing("record")))?;
+        let record = record_from_message(record).map_err(invalid)?;
+        let expected = record.version - 1;
+        let swapped = self.call(move |store| match store.compare_and_swap(expected, &record) {
+            Ok(()) => Ok(Outcome::Swapped(proto::Swapped {})),
+            Err(StoreError::Conflict(current)) => Ok(Outcome::Conflict(record_to_message(&current))),
+            Err(error) => Err(error),
+        });
+        Ok(Response::new(proto::CompareAndSwapReply { outcome: Some(swapped.await?) }))
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<proto::CreateVolumeRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        let message = request.into_inner();
+        let replicas = message.on.len();
+        if replicas > REPLICAS_MAX {
+            return Err(status_of(&StoreError::Replicas(replicas)));
+        }
+        let on: Result<_, nbd_server::node_name::NodeNameError> =
+            message.on.iter().map(|name| name.parse()).collect();
+        let volume = NewVolume {
+            name: message
+                .name
+                .parse()
+                .map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?,
+            lineage: random_bytes().map_err(|error| Status::internal(error.to_string()))?,
+            size_blocks: size_from_number(message.size_blocks).map_err(invalid)?,
+            on: on.map_err(invalid)?,
+            min_in_sync: (message.min_in_sync != 0).then_some(message.min_in_sync),
+        };
+        let record = self.call(move |store| store.create(&volume)).await?;
+        tracing::info!(volume = record.name, number = record.volume.0, "volume created");
+        Ok(volume_reply(&record))
+    }
+
+    async fn get_volume(
+        &self,
+        request: Request<proto::GetVolumeRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        use get_volume_request::Which;
+        let key = match request.into_inner().which {
+            Some(Which::Name(name)) => VolumeKey::Name(
+                name.parse().map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?,
+            ),
+            Some(Which::Volume(number)) => VolumeKey::Number(volume_from_number(number).map_err(invalid)?),
+            None => return Err(invalid(MessageError::Missing("name or volume"))),
+        };
+        Ok(volume_reply(&self.call(move |store| store.get(&key)).await?))
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<proto::ListVolumesRequest>,
+    ) -> Result<Response<proto::ListVolumesReply>, Status> {
+        let after = VolumeNumber(request.into_inner().after);
+        let mut records = self.call(move |store| store.list(after, PAGE_RECORDS_MAX + 1)).await?;
+        let more = records.len() > PAGE_RECORDS_MAX;
+        records.truncate(PAGE_RECORDS_MAX);
+        let records = records.iter().map(record_to_message).collect();
+        Ok(Response::new(proto::ListVolumesReply { records, more }))
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<proto::DeleteVolumeRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        let name = request.into_inner().name;
+        let key = VolumeKey::Name(
+            name.parse().map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?,
+        );
+        let record = self.call(move |store| store.delete(&key)).await?;
+        tracing::info!(volume = record.name, number = record.volume.0, "volume deleted");
+        Ok(volume_reply(&record))
+    }
+
+    async fn list_nodes(
+        &self,
+        _: Request<proto::ListNodesRequest>,
+    ) -> Result<Response<proto::ListNodesReply>, Status> {
+        let nodes = self.call(|store| store.nodes()).await?;
+        Ok(Response::new(proto::ListNodesReply { nodes: nodes.iter().map(node_to_message).collect() }))
+    }
+}
+
+type Watcher = mpsc::Sender<Result<proto::WatchEvent, Status>>;
+
+/// Tells a watcher everything until it goes away or the feed ends.
+async fn tell(feed: &Feed, node: Option<NodeId>, watcher: &Watcher) {
+    let (mut cursor, mut changed) = feed.watch(node);
+    let mut synced = false;
+    loop {
+        // Before the feed is read: what comes meanwhile is found by the next turn.
+        changed.borrow_and_update();
+        match tell_news(feed, &mut cursor, watcher).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(end) => {
+                let status = match end {
+                    FeedEnd::Closed => Status::unavailable("berth ctl is about to end"),
+                    FeedEnd::FellBehind => Status::aborted("too much was missed; begin anew"),
+                };
+                // Nobody is left to be told.
+                let _ = watcher.send(Err(status)).await;
+                return;
+            }
+        }
+        if !synced && !send(watcher, watch_event::Event::Synced(proto::Synced {})).await {
+            return;
+        }
+        synced = true;
+        tokio::select! {
+            () = watcher.closed() => return,
+            alive = changed.changed() => if alive.is_err() { return },
+        }
+    }
+}
+
+/// Tells all the news that there are now. False if the watcher is gone.
+async fn tell_news(feed: &Feed, cursor: &mut Cursor, watcher: &Watcher) -> Result<bool, FeedEnd> {
+    use watch_event::Event;
+    while let Some(news) = feed.take(cursor)? {
+        for news in news {
+            let event = match news {
+                News::Record(record) => Event::Record(record_to_message(&record)),
+                News::Gone(volume) => Event::Gone(volume.0),
+                News::Nodes(nodes) => {
+                    Event::Nodes(proto::NodeList { nodes: nodes.iter().map(node_to_message).collect() })
+                }
+            };
+            if !send(watcher, event).await {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+async fn send(watcher: &Watcher, event: watch_event::Event) -> bool {
+    watcher.send(Ok(proto::WatchEvent { event: Some(event) })).await.is_ok()
+}

@@ -1,0 +1,241 @@
+//! The flags of `berth volume`, and how its results are printed.
+
+use clap::{Args, Subcommand};
+use datapath::record::{NodeId, Record};
+use datapath::units::BLOCK_BYTES_U64;
+use nbd_server::control::convert::record_from_message;
+use nbd_server::control::proto::{
+    self, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, get_volume_request,
+};
+use nbd_server::node_name::NodeName;
+use nbd_server::size::Size;
+use nbd_server::volume_name::VolumeName;
+use serde::Serialize;
+
+use crate::remote::{Client, RemoteArguments, answer, columns, node_names, print, with_client};
+
+/// Make, look at and delete replicated volumes.
+#[derive(Debug, Args)]
+pub(crate) struct VolumeArguments {
+    #[command(subcommand)]
+    command: VolumeCommand,
+
+    #[command(flatten)]
+    remote: RemoteArguments,
+}
+
+#[derive(Debug, Subcommand)]
+enum VolumeCommand {
+    /// Make a volume with a replica on each of these nodes.
+    Create {
+        /// Its name: 1 to 63 of a-z, 0-9, '.' and '-'.
+        name: VolumeName,
+        /// Its size: 20G, 512M, bytes.
+        #[arg(long, value_parser = parse_size)]
+        size: Size,
+        /// Names of the nodes, as in n1,n2,n3.
+        #[arg(long, value_name = "NODES", required = true, value_delimiter = ',')]
+        on: Vec<NodeName>,
+        /// Serve only while so many replicas are in sync [default: 2 with three replicas or more, else 1].
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+        min_in_sync: Option<u32>,
+    },
+    /// Show all volumes.
+    List,
+    /// Show a volume.
+    Show {
+        /// Its name.
+        name: VolumeName,
+    },
+    /// Delete a volume with all its data.
+    Delete {
+        /// Its name.
+        name: VolumeName,
+    },
+}
+
+/// A volume is an array of whole blocks.
+fn parse_size(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error| format!("{error}"))?;
+    if size.bytes == 0 || !size.bytes.is_multiple_of(BLOCK_BYTES_U64) {
+        return Err(format!("{text} is not a multiple of {BLOCK_BYTES_U64} bytes"));
+    }
+    Ok(size)
+}
+
+/// A volume as it is printed. Nodes are named; one without a name in the register keeps its number.
+#[derive(Debug, Serialize)]
+struct VolumeReport {
+    name: String,
+    number: u32,
+    size_bytes: u64,
+    version: u64,
+    epoch: u32,
+    started: bool,
+    head: Option<String>,
+    in_sync: Vec<String>,
+    catching_up: Vec<String>,
+    stale: Vec<StaleReport>,
+    min_in_sync: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct StaleReport {
+    node: String,
+    since_version: u64,
+}
+
+type Names = [(u32, String)];
+
+impl VolumeReport {
+    fn new(record: Record, names: &Names) -> VolumeReport {
+        let name = |node: NodeId| {
+            let known = names.iter().find(|(number, _)| *number == node.0);
+            known.map_or_else(|| format!("number {}", node.0), |(_, name)| name.clone())
+        };
+        let all = |nodes: &[NodeId]| nodes.iter().copied().map(name).collect();
+        VolumeReport {
+            number: record.volume.0,
+            size_bytes: record.size_blocks * BLOCK_BYTES_U64,
+            version: record.version,
+            epoch: record.epoch,
+            started: record.started,
+            head: record.head.map(|head| name(head.node)),
+            in_sync: all(&record.in_sync),
+            catching_up: all(&record.catching_up),
+            stale: record
+                .stale
+                .iter()
+                .map(|stale| StaleReport { node: name(stale.node), since_version: stale.since_version })
+                .collect(),
+            min_in_sync: record.min_in_sync,
+            name: record.name,
+        }
+    }
+
+    fn size(&self) -> String {
+        Size { bytes: self.size_bytes }.to_string()
+    }
+}
+
+/// Runs the command and prints what came of it.
+pub(crate) fn run(arguments: &VolumeArguments) -> Result<(), String> {
+    let output = arguments.remote.output;
+    let ask = |request| with_client(&arguments.remote, |client| one(client, request));
+    match &arguments.command {
+        VolumeCommand::Create { name, size, on, min_in_sync } => {
+            let made = ask(Request::Create(CreateVolumeRequest {
+                name: name.to_string(),
+                size_blocks: size.bytes / BLOCK_BYTES_U64,
+                on: on.iter().map(NodeName::to_string).collect(),
+                min_in_sync: min_in_sync.unwrap_or(0),
+            }))?;
+            print(output, &made, || {
+                format!("volume {name}: {}, replicas on {}\n", made.size(), made.in_sync.join(", "))
+            })
+        }
+        VolumeCommand::List => {
+            let volumes = with_client(&arguments.remote, list)?;
+            print(output, &volumes, || table(&volumes))
+        }
+        VolumeCommand::Show { name } => {
+            let which = Some(get_volume_request::Which::Name(name.to_string()));
+            let found = ask(Request::Get(GetVolumeRequest { which }))?;
+            print(output, &found, || description(&found))
+        }
+        VolumeCommand::Delete { name } => {
+            let deleted = ask(Request::Delete(DeleteVolumeRequest { name: name.to_string() }))?;
+            print(output, &deleted, || format!("volume {name} is deleted\n"))
+        }
+    }
+}
+
+/// Requests that are answered with one volume.
+enum Request {
+    Create(CreateVolumeRequest),
+    Get(GetVolumeRequest),
+    Delete(DeleteVolumeRequest),
+}
+
+async fn one(mut client: Client, request: Request) -> Result<VolumeReport, String> {
+    // Before the volume is touched: what fails here has changed nothing.
+    let names = node_names(&mut client).await?;
+    let reply = match request {
+        Request::Create(request) => answer(client.create_volume(request)).await,
+        Request::Get(request) => answer(client.get_volume(request)).await,
+        Request::Delete(request) => answer(client.delete_volume(request)).await,
+    };
+    report(reply?.record.unwrap_or_default(), &names)
+}
+
+async fn list(mut client: Client) -> Result<Vec<VolumeReport>, String> {
+    let names = node_names(&mut client).await?;
+    let mut volumes: Vec<VolumeReport> = Vec::new();
+    loop {
+        let after = volumes.last().map_or(0, |last| last.number);
+        let page = answer(client.list_volumes(ListVolumesRequest { after })).await?;
+        for record in page.records {
+            volumes.push(report(record, &names)?);
+        }
+        if !page.more || volumes.last().is_none_or(|last| last.number <= after) {
+            return Ok(volumes);
+        }
+    }
+}
+
+fn report(message: proto::Record, names: &Names) -> Result<VolumeReport, String> {
+    let record = record_from_message(message);
+    let record = record.map_err(|error| format!("berth ctl sent what it must not: {error}"))?;
+    Ok(VolumeReport::new(record, names))
+}
+
+fn table(volumes: &[VolumeReport]) -> String {
+    if volumes.is_empty() {
+        return "there are no volumes; make one with `berth volume create NAME --size 10G --on NODE`\n"
+            .to_owned();
+    }
+    let mut lines = vec![["NAME", "SIZE", "HEAD", "IN SYNC", "AWAY"].map(str::to_owned).to_vec()];
+    for volume in volumes {
+        let head = volume.head.clone().unwrap_or_else(|| "-".to_owned());
+        let stale = volume.stale.iter().map(|stale| stale.node.clone());
+        let away: Vec<String> = volume.catching_up.iter().cloned().chain(stale).collect();
+        let away = if away.is_empty() { "-".to_owned() } else { away.join(",") };
+        lines.push(vec![volume.name.clone(), volume.size(), head, volume.in_sync.join(","), away]);
+    }
+    columns(&lines)
+}
+
+fn description(volume: &VolumeReport) -> String {
+    let state = if volume.started { "started" } else { "not started" };
+    let head = volume.head.as_deref().unwrap_or("none");
+    let mut text = format!(
+        "volume {}: {}, number {}\n  head {head}, epoch {} ({state}), version {}\n  in sync: {} (at least {})\n",
+        volume.name,
+        volume.size(),
+        volume.number,
+        volume.epoch,
+        volume.version,
+        volume.in_sync.join(", "),
+        volume.min_in_sync,
+    );
+    if !volume.catching_up.is_empty() {
+        text.push_str(&format!("  catching up: {}\n", volume.catching_up.join(", ")));
+    }
+    for stale in &volume.stale {
+        text.push_str(&format!("  stale: {}, since version {}\n", stale.node, stale.since_version));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_size;
+
+    #[test]
+    fn sizes_are_whole_blocks() {
+        assert_eq!(parse_size("10G").expect("a size").bytes, 10 << 30);
+        for bad in ["0", "4097", "10GB"] {
+            parse_size(bad).expect_err(bad);
+        }
+    }
+}
