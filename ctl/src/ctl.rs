@@ -20,6 +20,10 @@ pub(crate) struct CtlArguments {
     /// Listen on an address that other machines can connect to, without authentication.
     #[arg(long)]
     insecure: bool,
+
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    exit_with_parent: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +42,14 @@ impl FromStr for StorePlace {
 
 /// Runs until it is told to stop.
 pub(crate) fn run(arguments: CtlArguments) -> Result<(), String> {
-    let CtlArguments { store, listen, insecure } = arguments;
+    let CtlArguments { store, listen, insecure, exit_with_parent } = arguments;
+    if exit_with_parent {
+        end_with_parent()?;
+    }
     server::run(&CtlConfig { store: store.0, listen, insecure }).map_err(|error| error.to_string())
+}
+
+/// Has the kernel ask this process to end when the one that started it ends, however that comes.
+pub(crate) fn end_with_parent() -> Result<(), String> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM).map_err(|error| error.to_string())
 }

@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use berth::bench::{self, BenchArgs};
 
 mod ctl;
+mod dev;
 mod node;
 mod pool;
 mod remote;
@@ -28,6 +29,7 @@ enum Command {
     Bench(BenchCommand),
     Pool(pool::PoolArguments),
     Ctl(ctl::CtlArguments),
+    Dev(dev::DevArguments),
     Volume(volume::VolumeArguments),
     Node(node::NodeArguments),
 }
@@ -61,7 +63,8 @@ fn main() -> ExitCode {
         Command::Pool(arguments) => pool::run(&arguments),
         Command::Ctl(arguments) => ctl::run(arguments).map(|()| true),
         Command::Volume(arguments) => volume::run(&arguments).map(|()| true),
-        Command::Node(arguments) => node::run(&arguments).map(|()| true),
+        Command::Node(arguments) => node::run(arguments).map(|()| true),
+        Command::Dev(arguments) => dev::run(&arguments).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,20 +1,80 @@
 //! The flags of `berth node`, and how its results are printed.
 
+use std::net::ToSocketAddrs;
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use nbd_server::control::convert::{NodeAddress, node_from_message};
 use nbd_server::control::proto::ListNodesRequest;
+use nbd_server::listener::ListenAddress;
+use nbd_server::node::{NodeSettings, run_node};
+use nbd_server::node_name::NodeName;
+use nbd_server::serve::CpuList;
+use nbd_server::size::Size;
 use serde::Serialize;
 
 use crate::remote::{RemoteArguments, answer, columns, print, with_client};
 
-/// Look at the nodes of the cluster.
+/// Run a node of a cluster, or look at the nodes that there are.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct NodeArguments {
     #[command(subcommand)]
-    command: NodeCommand,
+    command: Option<NodeCommand>,
+
+    #[command(flatten)]
+    run: Option<RunArguments>,
 
     #[command(flatten)]
     remote: RemoteArguments,
+}
+
+/// The flags of a node.
+#[derive(Debug, Args)]
+pub(crate) struct RunArguments {
+    /// The node's name: 1 to 63 of a-z, 0-9, '.' and '-'. It keeps its place in the cluster by it.
+    #[arg(long, required = true, value_name = "NAME")]
+    name: NodeName,
+
+    /// File or block device that holds its replicas.
+    #[arg(long, required = true, value_name = "FILE")]
+    pool: PathBuf,
+
+    /// Make the pool with this size if it does not exist, or grow it to this size.
+    #[arg(long, value_name = "SIZE")]
+    pool_size: Option<Size>,
+
+    /// Where NBD clients connect: ADDR:PORT or unix:PATH. May be given several times.
+    #[arg(long, value_name = "ADDR|unix:PATH", default_value = "127.0.0.1:10809")]
+    nbd: Vec<ListenAddress>,
+
+    /// Where other nodes connect.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:7441")]
+    peer: ListenAddress,
+
+    /// Host name or address under which others reach this node [default: that of --peer].
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+
+    /// Processors to use, like 0,2-3 [default: those that the process may use].
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<CpuList>,
+
+    /// Memory for the map from blocks to places [default: as much as it needs].
+    #[arg(long, value_name = "SIZE")]
+    map_cache: Option<Size>,
+
+    /// Serve metrics to Prometheus on this address, at /metrics.
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<String>,
+
+    /// Let other nodes in on an address that other machines can connect to, without authentication.
+    #[arg(long)]
+    insecure: bool,
+
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    exit_with_parent: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -47,15 +107,56 @@ impl From<NodeAddress> for NodeReport {
 }
 
 /// Runs the command and prints what came of it.
-pub(crate) fn run(arguments: &NodeArguments) -> Result<(), String> {
-    let NodeCommand::List = arguments.command;
-    let nodes = with_client(&arguments.remote, |mut client| async move {
+pub(crate) fn run(arguments: NodeArguments) -> Result<(), String> {
+    match (arguments.command, arguments.run) {
+        (Some(NodeCommand::List), _) => list(&arguments.remote),
+        (None, Some(run)) => run_as_node(run, arguments.remote.ctl),
+        (None, None) => Err("say what to run: --name NAME --pool FILE, or list".to_owned()),
+    }
+}
+
+fn run_as_node(run: RunArguments, ctl: String) -> Result<(), String> {
+    if run.exit_with_parent {
+        crate::ctl::end_with_parent()?;
+    }
+    if !run.insecure
+        && let ListenAddress::Tcp(peer) = &run.peer
+    {
+        check_loopback(peer).map_err(|error| format!("--peer {peer}: {error}"))?;
+    }
+    let settings = NodeSettings {
+        name: run.name,
+        pool: run.pool,
+        pool_size: run.pool_size,
+        ctl,
+        nbd: run.nbd,
+        peer: run.peer,
+        advertise: run.advertise,
+        cpus: run.cpus,
+        map_cache: run.map_cache,
+        metrics: run.metrics,
+    };
+    run_node(&settings).map_err(|error| error.to_string())
+}
+
+/// There is no authentication between nodes yet: whoever can connect can write.
+fn check_loopback(address: &str) -> Result<(), String> {
+    let mut found = address.to_socket_addrs().map_err(|error| error.to_string())?;
+    if found.all(|address| address.ip().is_loopback()) {
+        return Ok(());
+    }
+    Err("other machines can connect there and nothing is authenticated yet; say --insecure if that is meant"
+        .to_owned())
+}
+
+fn list(remote: &RemoteArguments) -> Result<(), String> {
+    let nodes = with_client(remote, |mut client| async move {
         let nodes = answer(client.list_nodes(ListNodesRequest {})).await?.nodes;
         let nodes: Result<Vec<_>, _> = nodes.into_iter().map(node_from_message).collect();
         nodes.map_err(|error| format!("berth ctl sent what it must not: {error}"))
     })?;
     let nodes: Vec<NodeReport> = nodes.into_iter().map(NodeReport::from).collect();
-    print(arguments.remote.output, &nodes, || table(&nodes))
+    print(remote.output, &nodes, || table(&nodes))
 }
 
 fn table(nodes: &[NodeReport]) -> String {

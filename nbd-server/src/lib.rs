@@ -4,6 +4,7 @@ pub mod control;
 pub mod listener;
 pub mod metrics;
 pub mod metrics_page;
+pub mod node;
 pub mod node_name;
 pub mod pool_check;
 pub mod pool_tools;

@@ -175,6 +175,15 @@ impl Listener {
         }
     }
 
+    /// Where it listens, for people: `ADDR:PORT` or `unix:PATH`.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match &self.place {
+            Place::Tcp(address) => address.to_string(),
+            Place::Unix(path) => format!("unix:{}", path.display()),
+        }
+    }
+
     /// The TCP address, with the port that the kernel chose for port 0.
     #[must_use]
     pub fn tcp_address(&self) -> Option<SocketAddr> {

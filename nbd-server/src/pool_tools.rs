@@ -372,10 +372,17 @@ fn empty_lane(pool: &PoolFile, recovered: &RecoveredPool, lane: usize) -> Result
 
 /// Does what a server does at its start and end, without a client in between.
 fn write_checkpoints(pool: &PoolFile, recovered: RecoveredPool) -> Result<(), PoolToolError> {
-    let shard = build_shard(vec![recovered], &[pool.length_bytes()], &[], &SETTINGS)?;
+    let shard = build_shard(vec![recovered], &[pool.length_bytes()], &[], &SETTINGS, None)?;
     let features = Features::allowed_by_environment()?;
     let cpus = CpuList::allowed()?.assign(None, Some(1))?;
-    let config = ShardsConfig { listeners: &[], devices: vec![pool.file()], cpus, features };
+    let config = ShardsConfig {
+        listeners: &[],
+        peer_listeners: &[],
+        outside: None,
+        devices: vec![pool.file()],
+        cpus,
+        features,
+    };
     let shards = Shards::start(vec![shard], &config)?;
     let (sender, stops) = channel();
     sender.send(Stop::Drain).expect("the receiver is here");

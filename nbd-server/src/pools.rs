@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::DeviceIndex;
-use datapath::engine::shard::{Shard, ShardPool};
+use datapath::engine::shard::{NodeConfig, Shard, ShardPool};
 use datapath::limits::VOLUME_BYTES_MAX;
 use datapath::memory::Pages;
 use datapath::reactor::pool_file::{PoolFile, PoolFileError};
@@ -193,6 +193,7 @@ pub fn build_shard(
     lengths_bytes: &[u64],
     volumes: &[VolumeConfig],
     settings: &LaneSettings,
+    node: Option<NodeConfig>,
 ) -> Result<Shard<Arena>, PoolsError> {
     let wishes = place_volumes(&mut pools, volumes)?;
     let lane_pages: u32 = pools.iter().map(|pool| Lane::pages_needed(&pool.layout) * pool.layout.lanes).sum();
@@ -224,7 +225,7 @@ pub fn build_shard(
         let space = PoolSpace::new(pool.layout, segments, lanes.iter().map(Lane::segments), pool.is_file);
         shard_pools.push(ShardPool { device: DeviceIndex(index), lanes, space });
     }
-    Ok(Shard::new(arena, pages, shard_pools, settings.read_only, None))
+    Ok(Shard::new(arena, pages, shard_pools, settings.read_only, node))
 }
 
 /// For each lane of each pool: the volumes to make or grow there.

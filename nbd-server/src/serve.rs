@@ -90,6 +90,12 @@ pub enum ServeError {
     /// The content of a pool.
     #[error(transparent)]
     Content(#[from] PoolsError),
+    /// The link to `berth ctl`.
+    #[error(transparent)]
+    Link(Box<crate::control::link::LinkError>),
+    /// Other nodes connect over TCP.
+    #[error("--peer must be ADDR:PORT")]
+    PeerAddress,
     /// A disk failed while the volumes were being brought up.
     #[error("a disk failed before the volumes were ready; nothing was served")]
     NotReady,
@@ -114,7 +120,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
         files.push(file);
     }
     let lengths_bytes: Vec<u64> = files.iter().map(PoolFile::length_bytes).collect();
-    let shard = build_shard(pools, &lengths_bytes, &config.volumes, &settings)?;
+    let shard = build_shard(pools, &lengths_bytes, &config.volumes, &settings, None)?;
     let mut listeners = Listener::activated()?;
     for address in &config.nbd {
         listeners.push(Listener::bind(address)?);
@@ -132,8 +138,10 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let names: Vec<String> =
         shard.lanes().flat_map(Lane::volumes).map(|volume| volume.record.name.clone()).collect();
     let devices = files.iter().map(PoolFile::file).collect();
-    let shards =
-        Shards::start(vec![shard], &ShardsConfig { listeners: &listeners, devices, cpus, features })?;
+    let shards = Shards::start(
+        vec![shard],
+        &ShardsConfig { listeners: &listeners, peer_listeners: &[], outside: None, devices, cpus, features },
+    )?;
     if !shards.wait_until_open() || has_failed(shards.mailboxes()) {
         shards.drain();
         shards.run(stops)?;
@@ -150,7 +158,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
 }
 
 /// Opens a pool, made or grown to the wished size.
-fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
+pub(crate) fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, ServeError> {
     let exists = path.try_exists().map_err(|source| PoolFileError::Open { path: path.to_owned(), source })?;
     let pool = match (exists, size) {
         (true, None) => PoolFile::open(path)?,

@@ -11,7 +11,7 @@ use datapath::engine::ports::Engine;
 use datapath::reactor::affinity::{AffinityError, pin_thread};
 use datapath::reactor::features::{Feature, Features};
 use datapath::reactor::mailbox::{Mailbox, Message, PostError, mailbox};
-use datapath::reactor::{Arena, Reactor, ReactorConfig, ReactorError};
+use datapath::reactor::{Arena, Outside, Reactor, ReactorConfig, ReactorError};
 use thiserror::Error;
 
 use crate::listener::Listener;
@@ -46,6 +46,10 @@ pub enum ShardsError {
 pub struct ShardsConfig<'a> {
     /// Where clients come in.
     pub listeners: &'a [Listener],
+    /// Where other nodes come in.
+    pub peer_listeners: &'a [Listener],
+    /// What the shards of a node ask of other threads.
+    pub outside: Option<Arc<dyn Outside>>,
     /// The pools, in the order of the engines' device indices.
     pub devices: Vec<Arc<File>>,
     /// One processor per engine.
@@ -81,6 +85,8 @@ where
             let allowed = config.features;
             let config = ReactorConfig {
                 listeners: config.listeners.iter().map(Listener::socket).collect(),
+                peer_listeners: config.peer_listeners.iter().map(Listener::socket).collect(),
+                outside: config.outside.clone(),
                 devices: config.devices.clone(),
                 features: allowed,
                 ..ReactorConfig::default()

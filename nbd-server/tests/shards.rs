@@ -32,8 +32,14 @@ fn shards_share_their_listeners_and_stop_when_told() {
             EchoEngine::new(EchoConfig { connections: 1024, area_bytes: 4096, ..EchoConfig::default() })
         });
         let engines = engines.collect::<Result<Vec<_>, _>>().expect("memory");
-        let config =
-            ShardsConfig { listeners: &listeners, devices: Vec::new(), cpus, features: Features::EVERY };
+        let config = ShardsConfig {
+            listeners: &listeners,
+            peer_listeners: &[],
+            outside: None,
+            devices: Vec::new(),
+            cpus,
+            features: Features::EVERY,
+        };
         let shards = Shards::start(engines, &config).expect("rings");
         let (sender, stops) = channel();
         let address = listeners[0].tcp_address().expect("TCP");

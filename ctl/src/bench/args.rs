@@ -55,6 +55,10 @@ pub struct BenchArgs {
     /// When the server goes away, try for so many seconds to come back.
     #[arg(long, default_value_t = 0.0)]
     pub reconnect: f64,
+    /// Where the volume may be found after its server is lost, besides its own URI: another node of its cluster.
+    /// Needs --reconnect and one volume. May be given several times.
+    #[arg(long, value_name = "URI")]
+    pub failover: Vec<NbdUri>,
     /// Write sectors that tell where they come from, check every sector that is read, read everything at the
     /// end. The volume must read as zeroes, or be the one that --state tells about.
     #[arg(long)]
@@ -104,6 +108,7 @@ impl BenchArgs {
             connections: 1,
             replies: Replies::Structured,
             reconnect: 0.0,
+            failover: Vec::new(),
             verify: false,
             after_loss: Loss::Kill,
             state: None,
@@ -125,6 +130,9 @@ impl BenchArgs {
         }
         if self.verify && !u64::from(self.block.least).is_multiple_of(SECTOR_BYTES) {
             return Err(format!("--verify works in sectors: --block must be a multiple of {SECTOR_BYTES}"));
+        }
+        if !self.failover.is_empty() && (self.uris.len() > 1 || self.reconnect == 0.0) {
+            return Err("--failover needs --reconnect, and one volume: start one run for each".to_owned());
         }
         if self.state.is_some() && self.uris.len() > 1 {
             return Err("--state belongs to one volume; start one run for each".to_owned());

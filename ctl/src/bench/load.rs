@@ -75,7 +75,7 @@ impl Worker<'_> {
             let ended = match client.take() {
                 Some(client) => self.work(client, &mut arrivals, &mut counts),
                 None => match Client::connect(
-                    self.volume.uri,
+                    self.volume.uri(),
                     self.volume.wish,
                     self.plan.depth,
                     self.args.verify,
@@ -130,7 +130,7 @@ impl Worker<'_> {
                 return Err(Ended::Lost(lost("another connection to the volume was lost")));
             }
             if now.duration_since(last_answer) > ANSWER_TIMEOUT {
-                return Err(Ended::Failed(BenchError::NoAnswer { uri: self.volume.uri.to_string() }));
+                return Err(Ended::Failed(BenchError::NoAnswer { uri: self.volume.uri().to_string() }));
             }
             let all_sent = client.send_some()?;
             // A closed loop with everything sent has nothing to do but to receive.

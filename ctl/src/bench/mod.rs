@@ -185,7 +185,8 @@ pub fn run_with(args: &BenchArgs, control: &Control) -> Result<Report, BenchErro
         let fresh = loaded.as_ref().is_none_or(|(_, fresh)| *fresh);
         let verifier = loaded.map(|(verifier, _)| verifier);
         let reconnect = Duration::from_secs_f64(args.reconnect);
-        let volume = Volume::new(uri, wish, args.connections, reconnect, verifier);
+        let places = std::iter::once(uri).chain(&args.failover).collect();
+        let volume = Volume::new(places, wish, args.connections, reconnect, verifier);
         if !fresh {
             volume.read_back(connect::<ReadMark>(uri, wish, 16, true)?)?;
         }
@@ -333,7 +334,7 @@ fn conclude(
     }
     let mut sectors = 0;
     for (volume, _) in volumes {
-        volume.read_back(connect::<ReadMark>(volume.uri, volume.wish, 16, true)?)?;
+        volume.read_back(connect::<ReadMark>(volume.uri(), volume.wish, 16, true)?)?;
         let verifier = volume.into_verifier().expect("the run verifies");
         sectors += verifier.sectors_checked();
         if let Some(path) = &args.state {

@@ -1,6 +1,6 @@
 //! What the connections to one volume share: what may be on it, and how they come back together after a loss.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -20,7 +20,10 @@ const READ_BACK_DEPTH: usize = 16;
 
 /// One volume under test.
 pub(super) struct Volume<'a> {
-    pub(super) uri: &'a NbdUri,
+    /// Where it may be found: its own URI, and those of other nodes.
+    places: Vec<&'a NbdUri>,
+    /// Where it was found last.
+    place: AtomicUsize,
     pub(super) wish: HeaderStyle,
     reconnect: Duration,
     verifier: Option<Mutex<Verifier>>,
@@ -44,14 +47,15 @@ struct Meeting {
 
 impl<'a> Volume<'a> {
     pub(super) fn new(
-        uri: &'a NbdUri,
+        places: Vec<&'a NbdUri>,
         wish: HeaderStyle,
         members: u32,
         reconnect: Duration,
         verifier: Option<Verifier>,
     ) -> Volume<'a> {
         Volume {
-            uri,
+            places,
+            place: AtomicUsize::new(0),
             wish,
             reconnect,
             verifier: verifier.map(Mutex::new),
@@ -59,6 +63,11 @@ impl<'a> Volume<'a> {
             meeting: Mutex::new(Meeting { members, waiting: 0, led: false, returns: 0, given_up: false }),
             changed: Condvar::new(),
         }
+    }
+
+    /// Where it was found last, or is looked for now.
+    pub(super) fn uri(&self) -> &'a NbdUri {
+        self.places[self.place.load(Ordering::Relaxed) % self.places.len()]
     }
 
     /// The verifier, if the run verifies.
@@ -87,7 +96,7 @@ impl<'a> Volume<'a> {
     /// loss is on its way; one of them then does the work for all.
     pub(super) fn come_back(&self, why: ClientError, reconnects: &AtomicU64) -> Result<(), BenchError> {
         self.broken.store(true, Ordering::Relaxed);
-        let lost = |why| BenchError::Client { uri: self.uri.to_string(), why };
+        let lost = |why| BenchError::Client { uri: self.uri().to_string(), why };
         if self.reconnect.is_zero() || !matches!(why, ClientError::Lost(_)) {
             return Err(lost(why));
         }
@@ -133,15 +142,21 @@ impl<'a> Volume<'a> {
             }
             let deadline = Instant::now() + self.reconnect;
             let client = loop {
-                match Client::connect(self.uri, self.wish, READ_BACK_DEPTH, true) {
+                match Client::connect(self.uri(), self.wish, READ_BACK_DEPTH, true) {
                     Ok(client) => break client,
-                    Err(_) if Instant::now() < deadline => sleep(RECONNECT_PAUSE),
-                    Err(_) => return Err(BenchError::Client { uri: self.uri.to_string(), why }),
+                    Err(_) if Instant::now() < deadline => {
+                        self.place.fetch_add(1, Ordering::Relaxed);
+                        sleep(RECONNECT_PAUSE);
+                    }
+                    Err(_) => return Err(BenchError::Client { uri: self.uri().to_string(), why }),
                 }
             };
             match self.read_back(client) {
-                // The server may be lost again while everything is read.
-                Err(BenchError::Client { why: again @ ClientError::Lost(_), .. }) => why = again,
+                // The server may be lost again while everything is read, or another one be found to lead.
+                Err(BenchError::Client { why: again @ ClientError::Lost(_), .. }) => {
+                    self.place.fetch_add(1, Ordering::Relaxed);
+                    why = again;
+                }
                 other => return other,
             }
         }
@@ -153,7 +168,7 @@ impl<'a> Volume<'a> {
             client.disconnect();
             return Ok(());
         };
-        let failed = |why| BenchError::Client { uri: self.uri.to_string(), why };
+        let failed = |why| BenchError::Client { uri: self.uri().to_string(), why };
         let mut next = 0;
         while next < size_bytes || client.in_flight() > 0 {
             while next < size_bytes && client.has_room() {
@@ -182,7 +197,7 @@ impl<'a> Volume<'a> {
     }
 
     pub(super) fn read_failed(&self, offset_bytes: u64, error: u32) -> BenchError {
-        BenchError::ReadFailed { uri: self.uri.to_string(), offset_bytes, error }
+        BenchError::ReadFailed { uri: self.uri().to_string(), offset_bytes, error }
     }
 
     /// Checks what a read brought.
@@ -193,6 +208,6 @@ impl<'a> Volume<'a> {
             return Ok(());
         }
         let first = wrong.iter().take(MISMATCHES_SHOWN).map(|one| format!("\n  {one}")).collect();
-        Err(BenchError::Mismatch { uri: self.uri.to_string(), count: wrong.len(), first })
+        Err(BenchError::Mismatch { uri: self.uri().to_string(), count: wrong.len(), first })
     }
 }

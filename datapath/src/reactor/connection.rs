@@ -22,6 +22,7 @@ use super::ring::{Completion, Target};
 use super::{IGNORED, Operation, Reactor};
 use crate::engine::ports::{ConnectionId, Engine, Event, PeerAddress, ReceiveBuffer};
 use crate::limits::SEND_PIECES_MAX;
+use crate::record::NodeId;
 use crate::units::MemoryRange;
 
 /// Bytes dropped in one go while lingering.
@@ -57,6 +58,31 @@ struct Outbox {
     pieces: [libc::iovec; SEND_PIECES_MAX],
     first: usize,
     end: usize,
+}
+
+/// Who is at the other end of a new connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Newcomer {
+    Client(PeerAddress),
+    /// A node that called, and one that was called.
+    Caller(PeerAddress),
+    Called(NodeId, PeerAddress),
+}
+
+impl Newcomer {
+    pub(super) fn address(self) -> PeerAddress {
+        match self {
+            Newcomer::Client(peer) | Newcomer::Caller(peer) | Newcomer::Called(_, peer) => peer,
+        }
+    }
+
+    fn event(self, connection: ConnectionId) -> Event {
+        match self {
+            Newcomer::Client(peer) => Event::Accepted { connection, peer },
+            Newcomer::Caller(_) => Event::PeerAccepted { connection },
+            Newcomer::Called(node, _) => Event::PeerConnected { node, connection },
+        }
+    }
 }
 
 /// One place of the connection table.
@@ -147,7 +173,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     }
 
     /// False if there is no place, or none in the ring's table: the socket is closed.
-    pub(super) fn open_connection(&mut self, socket: OwnedFd, peer: PeerAddress) -> bool {
+    pub(super) fn open_connection(&mut self, socket: OwnedFd, newcomer: Newcomer) -> bool {
         let Some(id) = self.free_connections.pop() else { return false };
         let slot = u32::try_from(self.devices.len()).expect("few devices") + id.0;
         let Ok(target) = self.ring.register_file(slot, &socket) else {
@@ -160,14 +186,14 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         place.open = Some(OpenConnection {
             socket,
             target,
-            peer,
+            peer: newcomer.address(),
             receive: Direction::Idle,
             send: Direction::Idle,
             watch: None,
             closing: false,
             lingering: false,
         });
-        self.pending.push_back(Event::Accepted { connection: id, peer });
+        self.pending.push_back(newcomer.event(id));
         true
     }
 

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use io_uring::opcode;
 use nix::sys::socket::{SockaddrLike, SockaddrStorage, getpeername, setsockopt, sockopt};
 
+use super::connection::Newcomer;
 use super::features::Feature;
 use super::inflight::Ticket;
 use super::memory::Arena;
 use super::ring::Target;
 use super::{Operation, Reactor};
-use crate::engine::ports::{Engine, PeerAddress};
+use crate::engine::ports::{Engine, Event, PeerAddress};
+use crate::record::NodeId;
 
 /// After an error that will not pass by itself at once (no files, no memory), the next attempt waits this long.
 const ACCEPT_RETRY_MS: u64 = 100;
@@ -21,6 +23,8 @@ const ACCEPT_RETRY_MS: u64 = 100;
 pub(super) struct Listener {
     pub(super) socket: Arc<OwnedFd>,
     pub(super) accepting: Option<Ticket>,
+    /// Other nodes come in here, not clients.
+    pub(super) for_nodes: bool,
 }
 
 /// Accepted sockets that wait for a connection's place, and for how long they may. Long enough for those that left
@@ -70,6 +74,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             // SAFETY: the kernel made this descriptor for us just now; nobody else knows it.
             let socket = unsafe { OwnedFd::from_raw_fd(result as RawFd) };
             match peer_address(&socket) {
+                Some(peer) if self.is_accepting() && self.listeners[listener].for_nodes => {
+                    self.admit_now(socket, Newcomer::Caller(peer));
+                }
                 Some(peer) if self.is_accepting() => self.admit(socket, peer),
                 // Gone already, or too late.
                 _ => drop(socket),
@@ -100,13 +107,25 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             self.waiting_sockets.push_back((self.now.after_ms(SOCKET_WAIT_MS), socket, peer));
             return;
         }
-        self.admit_now(socket, peer);
+        self.admit_now(socket, Newcomer::Client(peer));
+    }
+
+    /// A connection to a node that was called, if it was reached.
+    pub(super) fn admit_called(&mut self, node: NodeId, socket: Option<OwnedFd>) {
+        let peer = socket.as_ref().and_then(peer_address);
+        let admitted = match (socket, peer) {
+            (Some(socket), Some(peer)) => self.admit_now(socket, Newcomer::Called(node, peer)),
+            _ => false,
+        };
+        if !admitted {
+            self.pending.push_back(Event::PeerUnreachable { node });
+        }
     }
 
     /// An id has come free.
     pub(super) fn admit_waiting(&mut self) {
         if let Some((_, socket, peer)) = self.waiting_sockets.pop_front() {
-            self.admit_now(socket, peer);
+            self.admit_now(socket, Newcomer::Client(peer));
         }
     }
 
@@ -118,16 +137,15 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         }
     }
 
-    fn admit_now(&mut self, socket: OwnedFd, peer: PeerAddress) {
-        if matches!(peer, PeerAddress::Internet(_)) {
+    fn admit_now(&mut self, socket: OwnedFd, newcomer: Newcomer) -> bool {
+        if matches!(newcomer.address(), PeerAddress::Internet(_)) {
             // Replies are sent whole; waiting for more bytes would only delay them.
             let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
         }
-        if self.open_connection(socket, peer) {
-            self.counters.accepted += 1;
-        } else {
-            self.counters.refused += 1;
-        }
+        let opened = self.open_connection(socket, newcomer);
+        self.counters.accepted += u64::from(opened);
+        self.counters.refused += u64::from(!opened);
+        opened
     }
 }
 

@@ -18,6 +18,7 @@ use thiserror::Error;
 
 use super::Snapshot;
 use crate::engine::ports::PeerAddress;
+use crate::record::{NodeId, Record};
 
 /// Messages that may wait.
 const MESSAGES_MAX: usize = 1024;
@@ -36,6 +37,15 @@ pub enum Message<R> {
         /// Where it comes from.
         peer: PeerAddress,
     },
+    /// A node was called: the connected socket, if it was reached.
+    PeerCalled {
+        /// Whom.
+        node: NodeId,
+        /// The socket.
+        socket: Option<OwnedFd>,
+    },
+    /// The record of a volume, as it is in the record store.
+    Record(Box<Record>),
     /// Answer as soon as the engine takes requests. No answer means that the reactor has ended.
     TellWhenOpen(SyncSender<()>),
     /// Say how things are. No answer (the channel closes) means that the reactor has ended.

@@ -26,6 +26,7 @@ pub mod pool_file;
 mod ring;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -49,6 +50,7 @@ use crate::engine::ports::{
     ConnectionId, DeviceIndex, Effect, Engine, Event, PeerAddress, ReceiveBuffer, Token,
 };
 use crate::limits::CONNECTIONS_MAX;
+use crate::record::{NodeId, Record};
 use crate::units::{MemoryRange, Moment};
 
 /// Carried by submissions whose completions say nothing (cancellations, time limits).
@@ -59,11 +61,23 @@ const OTHER_SLOTS: u32 = 1;
 /// still write to memory, which is therefore never freed.
 const LAST_COMPLETIONS_MS: u64 = 30_000;
 
+/// Other threads of a node's process. Called by the reactor's: must not wait.
+pub trait Outside: fmt::Debug + Send + Sync {
+    /// Connects to a node; [`Message::PeerCalled`] tells the outcome.
+    fn connect(&self, node: NodeId);
+    /// Proposes a record to the record store; [`Message::Record`] tells what is there afterwards.
+    fn propose(&self, record: Box<Record>);
+}
+
 /// What a reactor is started with.
 #[derive(Debug)]
 pub struct ReactorConfig {
     /// Sockets that listen; several reactors may share one.
     pub listeners: Vec<Arc<OwnedFd>>,
+    /// Sockets on which other nodes come in.
+    pub peer_listeners: Vec<Arc<OwnedFd>>,
+    /// Whom a node's engine asks for what io_uring does not do.
+    pub outside: Option<Arc<dyn Outside>>,
     /// The devices, in the order of [`DeviceIndex`]. Each is opened for reading and writing.
     pub devices: Vec<Arc<File>>,
     /// Connections at a time, at most `limits::CONNECTIONS_MAX`.
@@ -80,6 +94,8 @@ impl Default for ReactorConfig {
     fn default() -> Self {
         ReactorConfig {
             listeners: Vec::new(),
+            peer_listeners: Vec::new(),
+            outside: None,
             devices: Vec::new(),
             connections_max: CONNECTIONS_MAX,
             device_operations_max: 1024,
@@ -201,6 +217,7 @@ pub struct Reactor<E: Engine<Memory = Arena>> {
     listeners: Vec<Listener>,
     accept_retry_at: Option<Moment>,
     devices: Vec<Device>,
+    outside: Option<Arc<dyn Outside>>,
     completions: Vec<Completion>,
     /// Events that the engine has not seen yet.
     pending: VecDeque<Event>,
@@ -235,7 +252,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     pub fn new(mut engine: E, config: ReactorConfig, inbox: Inbox<E::Report>) -> Result<Self, ReactorError> {
         assert!((1..=CONNECTIONS_MAX).contains(&config.connections_max));
         let mapping = engine.memory().mapping();
-        let listeners = u32::try_from(config.listeners.len()).expect("few listeners");
+        let listeners = config.listeners.len() + config.peer_listeners.len();
+        let listeners = u32::try_from(listeners).expect("few listeners");
         // A connection has at most one receive, one send and one watch with the kernel.
         let slots = config.device_operations_max + 3 * config.connections_max + listeners + OTHER_SLOTS;
         // Every slot may complete, and be cancelled, in one turn: the completion queue holds them all.
@@ -249,7 +267,10 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             devices.push(Device { _file: file, target });
         }
         let buffers = ReceiveBuffers::new(&mut ring, &mapping).map_err(at("receive buffers"))?;
-        let listeners = config.listeners.into_iter().map(|socket| Listener { socket, accepting: None });
+        let for_clients = config.listeners.into_iter().map(|socket| (socket, false));
+        let for_nodes = config.peer_listeners.into_iter().map(|socket| (socket, true));
+        let listeners = for_clients.chain(for_nodes);
+        let listeners = listeners.map(|(socket, for_nodes)| Listener { socket, accepting: None, for_nodes });
         Ok(Reactor {
             ring,
             engine,
@@ -263,6 +284,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             listeners: listeners.collect(),
             accept_retry_at: None,
             devices,
+            outside: config.outside,
             completions: Vec::with_capacity(2 * slots as usize),
             pending: VecDeque::with_capacity(4 * slots as usize),
             sends_queued: 0,
@@ -317,6 +339,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             }
         }
         self.start_effects();
+        while let Some(record) = self.engine.poll_proposal() {
+            self.outside.as_ref().expect("only nodes propose").propose(record);
+        }
         if self.phase == Phase::Draining && self.pending.is_empty() && self.engine.is_drained() {
             self.phase = Phase::Ending;
         }
@@ -401,8 +426,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Effect::Recycle { buffer } => self.recycle(buffer),
             Effect::Send { connection } => self.start_send(connection),
             Effect::Connect { node } => {
-                let now = clock::now();
-                self.engine.handle_event(now, Event::PeerUnreachable { node });
+                let outside = self.outside.as_ref().expect("only nodes call others");
+                outside.connect(node);
             }
             Effect::Close { connection } => self.close_connection(connection),
         }
@@ -491,6 +516,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Message::Abort => self.phase = Phase::Ending,
             Message::Adopt { socket, peer } if self.is_accepting() => self.admit(socket, peer),
             Message::Adopt { .. } => {}
+            Message::PeerCalled { node, socket } => self.admit_called(node, socket),
+            Message::Record(record) => self.pending.push_back(Event::Record(record)),
             Message::TellWhenOpen(answer) => self.tell_when_open.push(answer),
             Message::Inspect(answer) => {
                 // Who asked may have given up.
