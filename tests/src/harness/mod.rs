@@ -2,6 +2,7 @@
 
 pub mod blocks;
 pub mod client;
+pub mod cluster;
 pub mod ctl;
 pub mod metrics;
 pub mod mounted;

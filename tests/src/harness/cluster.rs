@@ -1,0 +1,238 @@
+//! A cluster of real processes: `berth ctl` and nodes, each of which can be killed and started again.
+#![expect(clippy::disallowed_methods, reason = "system tests run in real time")]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use datapath::wire::nbd_transmission::command;
+
+use super::Scratch;
+use super::client::Client;
+use super::ctl::{Ctl, PATIENCE};
+use super::server::berth;
+use super::tools::run;
+
+/// A pool is preallocated at the first start.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+const BLOCK: u64 = 4096;
+
+/// A node's process, or the place of one.
+#[derive(Debug)]
+pub struct ClusterNode {
+    /// Its name.
+    pub name: String,
+    /// Where NBD clients come in.
+    pub socket: PathBuf,
+    pool: PathBuf,
+    log: PathBuf,
+    child: Option<Child>,
+}
+
+/// The whole. Dropped, all of it is killed.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The keeper of records.
+    pub ctl: Ctl,
+    /// The nodes n1, n2 and so on.
+    pub nodes: Vec<ClusterNode>,
+    pool_mib: u64,
+}
+
+impl Cluster {
+    /// Starts ctl and so many nodes, with pools of this size.
+    ///
+    /// # Panics
+    /// If one of them does not get ready.
+    #[must_use]
+    pub fn start(scratch: &Scratch, nodes: usize, pool_mib: u64) -> Cluster {
+        let ctl = Ctl::start(&scratch.file("records"));
+        let node = |number| {
+            let name = format!("n{number}");
+            ClusterNode {
+                socket: scratch.socket(&name),
+                pool: scratch.file(&format!("{name}.pool")),
+                log: scratch.file(&format!("{name}.log")),
+                name,
+                child: None,
+            }
+        };
+        let mut cluster = Cluster { ctl, nodes: (1..=nodes).map(node).collect(), pool_mib };
+        (0..nodes).for_each(|index| cluster.start_node(index));
+        cluster
+    }
+
+    /// Starts a node that does not run.
+    ///
+    /// # Panics
+    /// If it does not get ready.
+    pub fn start_node(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        assert!(node.child.is_none(), "{} runs", node.name);
+        let mut command = berth(&["node", "--peer", "127.0.0.1:0"]);
+        command
+            .arg(format!("--name={}", node.name))
+            .arg(format!("--pool={}", node.pool.display()))
+            .arg(format!("--pool-size={}M", self.pool_mib))
+            .arg(format!("--ctl={}", self.ctl.url()))
+            .arg(format!("--nbd=unix:{}", node.socket.display()));
+        let log = File::options().create(true).append(true).open(&node.log).expect("a log");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let output = child.stdout.take().expect("piped");
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                let _ = tell.send(line);
+            }
+        });
+        let line = told.recv_timeout(READY_TIMEOUT);
+        let is_ready = line.as_ref().is_ok_and(|line| line.starts_with("ready node"));
+        assert!(is_ready, "{}: {line:?}; see {}", node.name, node.log.display());
+        node.child = Some(child);
+    }
+
+    /// Kill -9.
+    ///
+    /// # Panics
+    /// If the node had ended by itself.
+    pub fn kill_node(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        let mut child = node.child.take().unwrap_or_else(|| panic!("{} does not run", node.name));
+        let ended = child.try_wait().expect("our child");
+        assert!(ended.is_none(), "{} ended by itself: {ended:?}; see {}", node.name, node.log.display());
+        child.kill().expect("our child");
+        child.wait().expect("our child");
+    }
+
+    /// Stops a node's process, or lets it go on: SIGSTOP and SIGCONT.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn freeze_node(&self, index: usize, frozen: bool) {
+        use nix::sys::signal::{Signal, kill};
+        let child = self.nodes[index].child.as_ref().expect("a running node");
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("a process id"));
+        kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).expect("our child");
+    }
+
+    /// Makes a volume with a replica on every node.
+    ///
+    /// # Panics
+    /// If that is refused.
+    pub fn make_volume(&self, name: &str, size_mib: u64) {
+        let on: Vec<&str> = self.nodes.iter().map(|node| node.name.as_str()).collect();
+        run(&mut self.ctl.command(&format!("volume create {name} --size {size_mib}M --on {}", on.join(","))));
+    }
+
+    /// The URI of a volume on a node.
+    #[must_use]
+    pub fn uri(&self, index: usize, volume: &str) -> String {
+        format!("nbd+unix:///{volume}?socket={}", self.nodes[index].socket.display())
+    }
+
+    /// What ctl says of a volume, as JSON.
+    ///
+    /// # Panics
+    /// If it says nothing.
+    #[must_use]
+    pub fn volume(&self, name: &str) -> serde_json::Value {
+        let text = run(&mut self.ctl.command(&format!("volume show {name} --output json")));
+        serde_json::from_str(&text).expect("JSON")
+    }
+
+    /// Waits until a volume's record is as wanted.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn wait_for_volume(&self, name: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
+        let start = Instant::now();
+        loop {
+            let volume = self.volume(name);
+            if wanted(&volume) {
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "the record stays {volume}");
+            thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for node in &mut self.nodes {
+            if let Some(mut child) = node.child.take() {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+}
+
+/// Writes block after block through one node, and notes how long each took: what a database with one log would see.
+#[derive(Debug)]
+pub struct Probe {
+    client: Option<Client>,
+    socket: PathBuf,
+    volume: String,
+    written: u64,
+}
+
+impl Probe {
+    /// Of a volume through a node.
+    #[must_use]
+    pub fn new(node: &ClusterNode, volume: &str) -> Probe {
+        Probe { client: None, socket: node.socket.clone(), volume: volume.to_owned(), written: 0 }
+    }
+
+    /// Goes to another node.
+    pub fn move_to(&mut self, node: &ClusterNode) {
+        self.client = None;
+        self.socket.clone_from(&node.socket);
+    }
+
+    /// Writes one block; tries again, connecting anew, until it is answered.
+    ///
+    /// # Panics
+    /// If that takes too long or ends in an error.
+    pub fn write(&mut self) -> Duration {
+        let start = Instant::now();
+        loop {
+            assert!(start.elapsed() < PATIENCE * 2, "nobody answers at {}", self.socket.display());
+            if let Some(client) = &mut self.client {
+                let offset = self.written % 64 * BLOCK;
+                match client.call(command::WRITE, offset, BLOCK, &[7; 4096]) {
+                    Ok(answer) => {
+                        assert_eq!(answer.error, 0, "a write fails");
+                        self.written += 1;
+                        return start.elapsed();
+                    }
+                    Err(_) => self.client = None,
+                }
+            } else {
+                self.client = Client::connect(&self.socket, &self.volume).ok();
+                if self.client.is_none() {
+                    thread::park_timeout(Duration::from_millis(10));
+                }
+            }
+        }
+    }
+
+    /// Writes for so long; the longest that a write took.
+    pub fn write_for(&mut self, duration: Duration) -> Duration {
+        let start = Instant::now();
+        let mut longest = Duration::ZERO;
+        while start.elapsed() < duration {
+            longest = longest.max(self.write());
+        }
+        longest
+    }
+}

@@ -1,0 +1,120 @@
+//! Volumes replicated over nodes that are real processes, while these are killed.
+#![expect(clippy::disallowed_methods, reason = "system tests run in real time")]
+
+use std::thread;
+use std::time::Duration;
+
+use berth::bench::{self, BenchArgs, BlockRange, Control};
+use system_tests::harness::cluster::{Cluster, Probe};
+use system_tests::harness::{Scratch, full_tier, print_figure};
+
+/// A member's node is gone: writes wait for at most so long.
+const MEMBER_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// The head's node is gone: another serves after at most so long.
+const HEAD_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Verified load on the volume `v` through the first node, and the others when that is lost.
+fn load(cluster: &Cluster) -> BenchArgs {
+    let uri = |index| cluster.uri(index, "v").parse().expect("a URI");
+    BenchArgs {
+        read: 30,
+        write: 50,
+        trim: 5,
+        zeroes: 5,
+        flush: 3,
+        fua: 10,
+        block: BlockRange { least: 512, most: 256 << 10 },
+        duration: 24.0 * 3600.0,
+        reconnect: 60.0,
+        failover: (1..cluster.nodes.len()).map(uri).collect(),
+        verify: true,
+        destroy_data: true,
+        ..BenchArgs::new(uri(0))
+    }
+}
+
+/// Runs the load while `disturb` works, and returns the number of requests.
+fn under_load(args: &BenchArgs, disturb: impl FnOnce(&Control)) -> u64 {
+    let control = Control::default();
+    let report = thread::scope(|scope| {
+        let load = scope.spawn(|| bench::run_with(args, &control));
+        disturb(&control);
+        control.finish();
+        load.join().expect("no panic")
+    });
+    let report = report.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(report.errors(), 0, "{report}");
+    report.operations.iter().map(|operation| operation.count).sum()
+}
+
+#[test]
+fn writes_go_on_when_a_member_is_killed() {
+    let scratch = Scratch::new("member");
+    let mut cluster = Cluster::start(&scratch, 3, 512);
+    cluster.make_volume("v", 64);
+    cluster.make_volume("probe", 16);
+    let args = load(&cluster);
+    let mut probe = Probe::new(&cluster.nodes[0], "probe");
+    probe.write();
+    let mut pause = Duration::ZERO;
+    let requests = under_load(&args, |control| {
+        probe.write_for(Duration::from_secs(1));
+        cluster.kill_node(2);
+        pause = probe.write_for(Duration::from_secs(4));
+        assert_eq!(control.reconnects(), 0, "clients notice nothing but a pause");
+    });
+    cluster.wait_for_volume("v", |volume| volume["in_sync"].as_array().map(Vec::len) == Some(2));
+    assert!(pause <= MEMBER_PAUSE_MAX, "writes waited for {pause:?}");
+    print_figure(&format!("writes waited for {pause:?}; {requests} requests verified"));
+}
+
+#[test]
+fn another_node_takes_over_when_the_heads_node_is_killed() {
+    let scratch = Scratch::new("head");
+    let mut cluster = Cluster::start(&scratch, 3, 512);
+    cluster.make_volume("v", 64);
+    cluster.make_volume("probe", 16);
+    let args = load(&cluster);
+    let mut probe = Probe::new(&cluster.nodes[0], "probe");
+    probe.write();
+    let mut pause = Duration::ZERO;
+    let requests = under_load(&args, |control| {
+        probe.write_for(Duration::from_secs(1));
+        cluster.kill_node(0);
+        probe.move_to(&cluster.nodes[1]);
+        pause = probe.write();
+        let before = control.reconnects();
+        probe.write_for(Duration::from_secs(2));
+        while control.reconnects() == before && before == 0 {
+            thread::park_timeout(Duration::from_millis(10));
+        }
+        probe.write_for(Duration::from_secs(1));
+    });
+    assert!(pause <= HEAD_PAUSE_MAX, "nobody served for {pause:?}");
+    print_figure(&format!("the next write was answered after {pause:?}; {requests} requests verified"));
+}
+
+#[test]
+fn nothing_answered_is_lost_when_all_nodes_are_killed_at_once() {
+    let rounds = if full_tier() { 18 } else { 3 };
+    let scratch = Scratch::new("all");
+    let mut cluster = Cluster::start(&scratch, 3, 512);
+    cluster.make_volume("v", 64);
+    let args = load(&cluster);
+    let orders = [[0, 1, 2], [2, 1, 0], [1, 2, 0], [0, 2, 1], [2, 0, 1], [1, 0, 2]];
+    let requests = under_load(&args, |control| {
+        for round in 0..rounds {
+            thread::sleep(Duration::from_millis(600 + 130 * (round as u64 % 5)));
+            let before = control.reconnects();
+            (0..3).for_each(|node| cluster.kill_node(node));
+            for node in orders[round % orders.len()] {
+                cluster.start_node(node);
+            }
+            while control.reconnects() == before {
+                thread::park_timeout(Duration::from_millis(5));
+            }
+        }
+    });
+    cluster.wait_for_volume("v", |volume| volume["started"] == true);
+    print_figure(&format!("{rounds} times all nodes killed, {requests} requests, nothing answered lost"));
+}
