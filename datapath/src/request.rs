@@ -123,6 +123,8 @@ pub struct Export {
     pub size_bytes: u64,
     /// Refuse every change.
     pub read_only: bool,
+    /// Why it cannot be chosen here now, if it cannot.
+    pub refusal: Option<String>,
 }
 
 /// The volumes that a session may offer.

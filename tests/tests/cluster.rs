@@ -1,11 +1,13 @@
 //! Volumes replicated over nodes that are real processes, while these are killed.
 #![expect(clippy::disallowed_methods, reason = "system tests run in real time")]
 
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use berth::bench::{self, BenchArgs, BlockRange, Control};
 use system_tests::harness::cluster::{Cluster, Probe};
+use system_tests::harness::tools::run_to_fail;
 use system_tests::harness::{Scratch, full_tier, print_figure};
 
 /// A member's node is gone: writes wait for at most so long.
@@ -92,6 +94,31 @@ fn another_node_takes_over_when_the_heads_node_is_killed() {
     });
     assert!(pause <= HEAD_PAUSE_MAX, "nobody served for {pause:?}");
     print_figure(&format!("the next write was answered after {pause:?}; {requests} requests verified"));
+}
+
+#[test]
+fn a_volume_that_is_led_elsewhere_is_refused_by_name() {
+    let scratch = Scratch::new("elsewhere");
+    let mut cluster = Cluster::start(&scratch, 3, 512);
+    cluster.make_volume("v", 16);
+    let mut probe = Probe::new(&cluster.nodes[0], "v");
+    probe.write();
+    let refused = |cluster: &Cluster, node, why: &str| {
+        let said = run_to_fail(Command::new("qemu-img").args(["info", &cluster.uri(node, "v")]));
+        assert!(said.contains(why), "{said}");
+    };
+    refused(&cluster, 1, "node number 1 leads v");
+    // One that was removed does not serve what it has.
+    cluster.freeze_node(2, true);
+    probe.write_for(Duration::from_secs(2));
+    cluster.freeze_node(2, false);
+    cluster.wait_for_volume("v", |volume| volume["stale"].as_array().map(Vec::len) == Some(1));
+    probe.write_for(Duration::from_millis(200));
+    refused(&cluster, 2, "the replica of v here is not up to date; connect to node number 1 or 2");
+    cluster.kill_node(0);
+    probe.move_to(&cluster.nodes[1]);
+    probe.write();
+    assert_eq!(cluster.volume("v")["head"], "n2");
 }
 
 #[test]

@@ -18,8 +18,20 @@ impl ExportTable {
         let index = ExportIndex(u32::try_from(self.exports.len()).expect("exports fit 32 bits"));
         let position = self.position(&name).expect_err("names are unique");
         self.by_name.insert(position, self.exports.len());
-        self.exports.push(Export { index, name, description: String::new(), size_bytes, read_only });
+        self.exports.push(Export {
+            index,
+            name,
+            description: String::new(),
+            size_bytes,
+            read_only,
+            refusal: None,
+        });
         index
+    }
+
+    /// Says why an export cannot be chosen now, or that it can.
+    pub(super) fn set_refusal(&mut self, index: ExportIndex, refusal: Option<String>) {
+        self.exports[index.0 as usize].refusal = refusal;
     }
 
     fn position(&self, name: &str) -> Result<usize, usize> {

@@ -84,6 +84,12 @@ impl Member {
         self.promising.unwrap_or(self.promised)
     }
 
+    /// Is there perhaps a head that reads by this member's leave? For so long another one need not try.
+    #[must_use]
+    pub fn has_granted(&self, now: Moment) -> bool {
+        self.granted.1 > now
+    }
+
     /// A message for the member. Changes and fetches of an epoch come from the head of that epoch, over one connection in
     /// order.
     pub fn handle(&mut self, now: Moment, message: PeerMessage) -> Step {

@@ -43,7 +43,7 @@ impl Client {
     /// Connects to a volume.
     ///
     /// # Errors
-    /// When the server is not there.
+    /// When the server is not there, or another one leads the volume.
     ///
     /// # Panics
     /// If it does not serve the volume, or breaks the protocol.
@@ -62,6 +62,8 @@ impl Client {
             match header.reply_type {
                 reply_type::ACK => return Ok(Client { socket, in_flight: BTreeMap::new(), next_cookie: 1 }),
                 reply_type::INFO => {}
+                // Another node leads it, or may still do so.
+                reply_type::ERR_POLICY => return Err(io::ErrorKind::PermissionDenied.into()),
                 refused => panic!("{volume} is refused: {refused:#x}"),
             }
         }

@@ -263,6 +263,9 @@ impl<M: Memory> Shard<M> {
 
     /// One step of the session. False if it cannot go on now.
     fn parse(&mut self, id: ConnectionId) -> bool {
+        if self.living(id).is_some_and(|connection| connection.export.is_none()) {
+            self.refresh_refusals();
+        }
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
         let bytes = connection.input.as_ref().map_or(&[][..], |input| input.bytes(&self.memory));
         let (session, exports) = (&mut connection.session, &self.exports);

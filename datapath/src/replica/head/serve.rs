@@ -220,6 +220,10 @@ impl Head {
         let failed =
             self.record.in_sync.iter().find(|node| lead.failed_at(**node).is_some_and(|at| at <= now));
         let Some(failed) = failed.copied() else { return };
+        if failed == self.node {
+            // Reads come from the own replica: without it another node leads better.
+            return self.resign();
+        }
         let mut wanted = Box::new(self.record.clone());
         wanted.version += 1;
         wanted.proposal = proposal_of(&self.record);

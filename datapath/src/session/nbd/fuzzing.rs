@@ -32,6 +32,7 @@ impl Default for FixedExports {
             description: description.to_owned(),
             size_bytes,
             read_only,
+            refusal: None,
         };
         FixedExports(vec![
             export(3, "vol", "the first volume", 1 << 30, false),

@@ -29,6 +29,7 @@ use crate::wire::nbd_handshake::{
     encode_info, encode_option_reply, encode_server_entry, info_type, option, reply_type, transmission_flag,
 };
 use crate::wire::nbd_transmission::HeaderStyle;
+use std::borrow::Cow;
 
 /// What the handshake has agreed on so far, and where it stands in the stream.
 #[derive(Debug)]
@@ -70,30 +71,43 @@ pub(super) struct Around<'a> {
 }
 
 /// Why an option is refused: a [`reply_type`], a text for people, a reason for metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Refusal(pub(super) u32, pub(super) &'static str, pub(super) Rejection);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Refusal(pub(super) u32, pub(super) Cow<'static, str>, pub(super) Rejection);
 
 impl Refusal {
-    const UNKNOWN_OPTION: Refusal =
-        Refusal(reply_type::ERR_UNSUP, "the server does not know this option", Rejection::OptionUnknown);
+    const UNKNOWN_OPTION: Refusal = Refusal(
+        reply_type::ERR_UNSUP,
+        Cow::Borrowed("the server does not know this option"),
+        Rejection::OptionUnknown,
+    );
     const NO_TLS: Refusal =
-        Refusal(reply_type::ERR_UNSUP, "TLS is not offered here", Rejection::TlsNotOffered);
-    const UNEXPECTED_PAYLOAD: Refusal =
-        Refusal(reply_type::ERR_INVALID, "this option takes no payload", Rejection::OptionMalformed);
+        Refusal(reply_type::ERR_UNSUP, Cow::Borrowed("TLS is not offered here"), Rejection::TlsNotOffered);
+    const UNEXPECTED_PAYLOAD: Refusal = Refusal(
+        reply_type::ERR_INVALID,
+        Cow::Borrowed("this option takes no payload"),
+        Rejection::OptionMalformed,
+    );
     const TOO_BIG: Refusal =
-        Refusal(reply_type::ERR_TOO_BIG, "the option is too long", Rejection::OptionTooBig);
-    const TWICE: Refusal = Refusal(reply_type::ERR_INVALID, "already negotiated", Rejection::OptionOrder);
+        Refusal(reply_type::ERR_TOO_BIG, Cow::Borrowed("the option is too long"), Rejection::OptionTooBig);
+    const TWICE: Refusal =
+        Refusal(reply_type::ERR_INVALID, Cow::Borrowed("already negotiated"), Rejection::OptionOrder);
     const BELOW_EXTENDED: Refusal = Refusal(
         reply_type::ERR_EXT_HEADER_REQD,
-        "extended headers are negotiated already",
+        Cow::Borrowed("extended headers are negotiated already"),
         Rejection::OptionOrder,
     );
     const SHUTDOWN: Refusal =
-        Refusal(reply_type::ERR_SHUTDOWN, "the server is stopping", Rejection::OptionShutdown);
-    pub(super) const MALFORMED: Refusal =
-        Refusal(reply_type::ERR_INVALID, "the option's payload is malformed", Rejection::OptionMalformed);
-    pub(super) const NO_EXPORT: Refusal =
-        Refusal(reply_type::ERR_UNKNOWN, "there is no export of this name", Rejection::ExportUnknown);
+        Refusal(reply_type::ERR_SHUTDOWN, Cow::Borrowed("the server is stopping"), Rejection::OptionShutdown);
+    pub(super) const MALFORMED: Refusal = Refusal(
+        reply_type::ERR_INVALID,
+        Cow::Borrowed("the option's payload is malformed"),
+        Rejection::OptionMalformed,
+    );
+    pub(super) const NO_EXPORT: Refusal = Refusal(
+        reply_type::ERR_UNKNOWN,
+        Cow::Borrowed("there is no export of this name"),
+        Rejection::ExportUnknown,
+    );
 }
 
 impl Handshake {
@@ -310,6 +324,9 @@ impl Handshake {
     fn answer_export_name(&mut self, around: &mut Around<'_>, name: &[u8], out: &mut Vec<u8>) -> Turn {
         let export = decode_string(name).ok().and_then(|name| around.exports.find(name));
         let Some(export) = export else { return Turn::refuse(around.rejections, Rejection::ExportName) };
+        if export.refusal.is_some() {
+            return Turn::refuse(around.rejections, Rejection::ExportElsewhere);
+        }
         let agreement = self.agreement(around, export);
         let reply = ExportNameReply { size_bytes: export.size_bytes, flags: agreement.transmission_flags() };
         out.extend_from_slice(&reply.encode());
@@ -329,6 +346,10 @@ impl Handshake {
     ) -> Result<Option<Agreement>, Refusal> {
         let query = InfoQuery::decode(payload).map_err(|_| Refusal::MALFORMED)?;
         let export = around.exports.find(query.name).ok_or(Refusal::NO_EXPORT)?;
+        if let (option::GO, Some(why)) = (option, &export.refusal) {
+            let why = Cow::Owned(clip(why).to_owned());
+            return Err(Refusal(reply_type::ERR_POLICY, why, Rejection::ExportElsewhere));
+        }
         let agreement = self.agreement(around, export);
         let flags = agreement.transmission_flags();
         encode_info(out, option, &Info::Export { size_bytes: export.size_bytes, flags });

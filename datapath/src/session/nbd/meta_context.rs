@@ -10,15 +10,19 @@ use crate::wire::nbd_handshake::{
     BASE_ALLOCATION, MetaContextQuery, encode_meta_context, option, reply_type,
 };
 use crate::wire::nbd_transmission::HeaderStyle;
+use std::borrow::Cow;
 
 /// The number of `base:allocation` in replies to BLOCK_STATUS.
 pub(super) const BASE_ALLOCATION_ID: u32 = 1;
 
-const NEEDS_CHUNKS: Refusal =
-    Refusal(reply_type::ERR_INVALID, "structured replies must be negotiated first", Rejection::OptionOrder);
+const NEEDS_CHUNKS: Refusal = Refusal(
+    reply_type::ERR_INVALID,
+    Cow::Borrowed("structured replies must be negotiated first"),
+    Rejection::OptionOrder,
+);
 const NO_NAMESPACE: Refusal = Refusal(
     reply_type::ERR_INVALID,
-    "a query begins with a namespace and a colon",
+    Cow::Borrowed("a query begins with a namespace and a colon"),
     Rejection::OptionMalformed,
 );
 

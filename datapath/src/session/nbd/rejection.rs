@@ -46,6 +46,8 @@ rejections! {
     OptionTooBig = "option_too_big",
     /// An export that does not exist.
     ExportUnknown = "export_unknown",
+    /// The volume is led by another node.
+    ExportElsewhere = "export_elsewhere",
     /// Something negotiated twice, or in the wrong order.
     OptionOrder = "option_order",
     /// An option while the server is stopping.

@@ -240,10 +240,16 @@ impl<M: Memory> Shard<M> {
     /// A client has chosen the volume and nobody leads it here: this node becomes the head.
     pub(super) fn take_over_if_asked(&mut self, index: usize) {
         let replica = &self.replication.replicas[index];
-        if replica.head.is_active() || replica.member.is_none() || self.draining {
+        if replica.head.is_active() || self.draining || self.served[replica.served].connections == 0 {
             return;
         }
-        if self.served[replica.served].connections > 0 {
+        if replica.refusal(self.replication.node(), self.now).is_some() {
+            // Its clients came before that was known: they look for another node.
+            let served = replica.served;
+            for id in self.connections_of(served) {
+                self.close(id);
+            }
+        } else if replica.member.is_some() {
             let (now, random) = (self.now, self.replication.random());
             self.replication.replicas[index].head.take(now, random);
         }

@@ -24,6 +24,7 @@ use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
 use crate::replica::head::Head;
 use crate::replica::member::Member;
+use crate::request::ExportIndex;
 use crate::store::checkpoint_body::VolumeRecord;
 use crate::store::lane::Completion;
 use crate::store::slab::Slab;
@@ -157,6 +158,32 @@ impl Replication {
     }
 }
 
+impl Replica {
+    /// Why clients cannot have the volume at this node now, if so.
+    fn refusal(&self, node: NodeId, now: Moment) -> Option<String> {
+        let record = self.head.record();
+        if self.head.is_active() {
+            return None;
+        }
+        if !record.is_in_sync(node) {
+            let others: Vec<String> = record.in_sync.iter().map(|node| node.0.to_string()).collect();
+            return Some(format!(
+                "the replica of {} here is not up to date; connect to node number {}",
+                record.name,
+                others.join(" or ")
+            ));
+        }
+        let head = record.head.filter(|head| head.node != node)?;
+        let may_live = self.member.as_ref().is_none_or(|member| member.has_granted(now));
+        may_live.then(|| {
+            format!(
+                "node number {} leads {}: connect there; if it is dead, try again in 3 seconds",
+                head.node.0, record.name
+            )
+        })
+    }
+}
+
 impl<M: Memory> Shard<M> {
     /// News of a volume.
     pub(super) fn handle_record(&mut self, record: Record) {
@@ -286,6 +313,14 @@ impl<M: Memory> Shard<M> {
         match self.served[served].replica {
             Some(replica) => self.replication.replicas[replica].head.is_serving(),
             None => true,
+        }
+    }
+
+    /// Before a client chooses: which volumes it cannot have here now, and why.
+    pub(super) fn refresh_refusals(&mut self) {
+        for replica in &self.replication.replicas {
+            let export = ExportIndex(u32::try_from(replica.served).expect("exports fit 32 bits"));
+            self.exports.set_refusal(export, replica.refusal(self.replication.node(), self.now));
         }
     }
 

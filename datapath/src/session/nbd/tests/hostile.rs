@@ -282,6 +282,7 @@ fn a_client_that_never_reads_costs_little() {
                 description: "d".repeat(5000),
                 size_bytes: 1 << 30,
                 read_only: false,
+                refusal: None,
             })
             .collect(),
     );
