@@ -99,7 +99,7 @@ fn another_node_takes_over_when_the_heads_node_is_killed() {
 #[test]
 fn a_volume_that_is_led_elsewhere_is_refused_by_name() {
     let scratch = Scratch::new("elsewhere");
-    let mut cluster = Cluster::start(&scratch, 3, 512);
+    let cluster = Cluster::start(&scratch, 3, 512);
     cluster.make_volume("v", 16);
     let mut probe = Probe::new(&cluster.nodes[0], "v");
     probe.write();
@@ -115,10 +115,6 @@ fn a_volume_that_is_led_elsewhere_is_refused_by_name() {
     cluster.wait_for_volume("v", |volume| volume["stale"].as_array().map(Vec::len) == Some(1));
     probe.write_for(Duration::from_millis(200));
     refused(&cluster, 2, "the replica of v here is not up to date; connect to node number 1 or 2");
-    cluster.kill_node(0);
-    probe.move_to(&cluster.nodes[1]);
-    probe.write();
-    assert_eq!(cluster.volume("v")["head"], "n2");
 }
 
 #[test]
