@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use berth::bench::{self, BenchArgs, BlockRange, Control};
 use system_tests::harness::cluster::{Cluster, Probe};
-use system_tests::harness::tools::run_to_fail;
+use system_tests::harness::tools::{run, run_to_fail};
 use system_tests::harness::{Scratch, full_tier, print_figure};
 
 /// A member's node is gone: writes wait for at most so long.
@@ -58,6 +58,7 @@ fn writes_go_on_when_a_member_is_killed() {
     let args = load(&cluster);
     let mut probe = Probe::new(&cluster.nodes[0], "probe");
     probe.write();
+    assert!(run(&mut cluster.ctl.command("status")).contains("all replicas are in sync"));
     let mut pause = Duration::ZERO;
     let requests = under_load(&args, |control| {
         probe.write_for(Duration::from_secs(1));
@@ -66,6 +67,7 @@ fn writes_go_on_when_a_member_is_killed() {
         assert_eq!(control.reconnects(), 0, "clients notice nothing but a pause");
     });
     cluster.wait_for_volume("v", |volume| volume["in_sync"].as_array().map(Vec::len) == Some(2));
+    assert!(run_to_fail(&mut cluster.ctl.command("status")).contains("DEGRADED: v"));
     assert!(pause <= MEMBER_PAUSE_MAX, "writes waited for {pause:?}");
     print_figure(&format!("writes waited for {pause:?}; {requests} requests verified"));
 }
