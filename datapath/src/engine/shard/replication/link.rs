@@ -9,6 +9,7 @@
 use super::super::Shard;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, ReceiveBuffer};
+use crate::limits::HANDSHAKE_DEADLINE_MS;
 use crate::memory::Memory;
 use crate::record::{NodeId, VolumeNumber};
 use crate::units::{BLOCK_BYTES, MemoryRange};
@@ -83,7 +84,22 @@ impl<M: Memory> Shard<M> {
             closing: false,
             output: Output::new(memory),
         }));
+        let due = (self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.replication.links_opened);
+        self.replication.greetings_due.push_back(due);
         true
+    }
+
+    /// Whoever connects and does not say who it is keeps a place from others.
+    pub(super) fn expire_greetings(&mut self) {
+        while let Some((moment, id, generation)) = self.replication.greetings_due.front().copied() {
+            if moment > self.now {
+                return;
+            }
+            self.replication.greetings_due.pop_front();
+            if self.is_same_link(id, generation) && !self.link(id).greeted {
+                self.close_link(id);
+            }
+        }
     }
 
     pub(super) fn link(&mut self, id: ConnectionId) -> &mut Link {

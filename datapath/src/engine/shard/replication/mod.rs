@@ -95,6 +95,8 @@ pub(super) struct Replication {
     links: Vec<Option<Box<Link>>>,
     /// Counts links, so that one is not taken for an earlier one of the same number.
     links_opened: u64,
+    /// When links must have been greeted, in order.
+    greetings_due: VecDeque<(Moment, ConnectionId, u64)>,
     /// Links whose next payload waits for memory.
     hungry_links: VecDeque<ConnectionId>,
     dials: Dials,
@@ -114,6 +116,7 @@ impl Replication {
             proposals: VecDeque::new(),
             links: if node.is_some() { (0..CONNECTIONS_MAX).map(|_| None).collect() } else { Vec::new() },
             links_opened: 0,
+            greetings_due: VecDeque::new(),
             hungry_links: VecDeque::new(),
             dials: Dials::default(),
             users: Users::new(if node.is_some() { memory_bytes } else { 0 }),
@@ -154,7 +157,8 @@ impl Replication {
     /// When a head or a dial wants its turn.
     pub(super) fn poll_timeout(&self) -> Option<Moment> {
         let heads = self.replicas.iter().filter_map(|replica| replica.head.poll_timeout());
-        heads.chain(self.dials.poll_timeout()).min()
+        let greeting = self.greetings_due.front().map(|(moment, ..)| *moment);
+        heads.chain(self.dials.poll_timeout()).chain(greeting).min()
     }
 }
 
@@ -258,6 +262,7 @@ impl<M: Memory> Shard<M> {
             return;
         }
         self.feed_hungry_links();
+        self.expire_greetings();
         for index in 0..self.replication.replicas.len() {
             self.start_member(index);
             self.take_over_if_asked(index);
