@@ -32,8 +32,8 @@ use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane, PoolS
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 use connection::Connection;
-pub use replication::NodeConfig;
 use replication::Replication;
+pub use replication::{NodeConfig, ReplicaState};
 use share::{Hunger, PAGES_KEPT};
 use std::collections::VecDeque;
 use task::{Piece, Task};

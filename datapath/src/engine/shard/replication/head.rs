@@ -7,6 +7,7 @@ use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::{ChangeKind, NodeId, VolumeNumber};
+use crate::replica::bugs::PlantedBug;
 use crate::replica::head::HeadEffect;
 use crate::request::RequestError;
 use crate::store::lane::{Completion, HoleMap};
@@ -158,7 +159,11 @@ impl<M: Memory> Shard<M> {
             PeerMessage::Ack { epoch, through } => head.acked(now, member, epoch, through),
             PeerMessage::Gap { epoch, last } => head.gap(now, member, epoch, last),
             PeerMessage::FetchGone { epoch, .. } => head.fetch_gone(now, member, epoch),
-            PeerMessage::Leased { epoch, asked_ns } => head.leased(member, epoch, Moment(asked_ns)),
+            PeerMessage::Leased { epoch, asked_ns } => {
+                let late = self.replication.bugs.has(PlantedBug::LeaseFromReceipt);
+                let asked = if late { now } else { Moment(asked_ns) };
+                self.replication.replicas[index].head.leased(member, epoch, asked);
+            }
             // The record will tell what has become of this head.
             PeerMessage::Refused { .. } => {}
             PeerMessage::Fetched { epoch, change } => {

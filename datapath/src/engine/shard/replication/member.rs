@@ -6,6 +6,7 @@ use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::VolumeNumber;
+use crate::replica::bugs::PlantedBug;
 use crate::replica::member::{Member, Step};
 use crate::store::lane::{BlockRange, FetchOutcome, Fetched, OwnedPayload, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
@@ -23,8 +24,9 @@ impl<M: Memory> Shard<M> {
         if !lane.is_open() || lane.has_failed() || !lane.is_lasting(volume) {
             return;
         }
-        let member = Member::new(self.now, lane.promised(volume), lane.last_stamp(volume));
+        let mut member = Member::new(self.now, lane.promised(volume), lane.last_stamp(volume));
         let (now, node) = (self.now, self.replication.node());
+        member.plant(now, self.replication.bugs);
         let replica = &mut self.replication.replicas[index];
         replica.member = Some(member);
         replica.head.member_up(now, node);
@@ -118,6 +120,9 @@ impl<M: Memory> Shard<M> {
     }
 
     fn store_promise(&mut self, index: usize, epoch: u32) {
+        if self.replication.bugs.has(PlantedBug::PromiseInMemory) {
+            return self.finish_promise(index, epoch, true);
+        }
         let cookie = self.begin_work(Work::Promise { replica: index, epoch });
         let served = &self.served[self.replication.replicas[index].served];
         let volume = served.volume;

@@ -22,6 +22,7 @@ use crate::engine::region_locks::RegionLocks;
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
+use crate::replica::bugs::Bugs;
 use crate::replica::head::Head;
 use crate::replica::member::Member;
 use crate::store::checkpoint_body::VolumeRecord;
@@ -46,6 +47,19 @@ pub struct NodeConfig {
     pub node: NodeId,
     /// Random at each start of the process.
     pub boot: u64,
+}
+
+/// How a replica stands, for checks.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplicaState<'a> {
+    /// The newest record that was read.
+    pub record: &'a Record,
+    /// Its epoch is this node's, and has started.
+    pub leads: bool,
+    /// If it leads: changes up to here are committed.
+    pub committed: u64,
+    /// Changes up to here are on this node's stable media; nothing while the member cannot work.
+    pub durable: Option<u64>,
 }
 
 /// Who asked a member for its promise, and hears its acknowledgements.
@@ -86,6 +100,7 @@ enum Work {
 #[derive(Debug)]
 pub(super) struct Replication {
     node: Option<NodeConfig>,
+    bugs: Bugs,
     /// Makes the names of heads' sessions.
     random: u64,
     replicas: Vec<Replica>,
@@ -107,6 +122,7 @@ impl Replication {
     pub(super) fn new(node: Option<NodeConfig>, free_pages: u32, memory_bytes: u32) -> Replication {
         Replication {
             node,
+            bugs: Bugs::none(),
             random: node.map_or(0, |node| node.boot),
             replicas: Vec::new(),
             works: Slab::default(),
@@ -158,6 +174,21 @@ impl Replication {
 }
 
 impl<M: Memory> Shard<M> {
+    /// Plants a mistake in the replication of a shard that has just been made.
+    pub fn plant(&mut self, bugs: Bugs) {
+        self.replication.bugs = bugs;
+    }
+
+    /// The replicas, for checks.
+    pub fn replicas(&self) -> impl Iterator<Item = ReplicaState<'_>> {
+        self.replication.replicas.iter().map(|replica| ReplicaState {
+            record: replica.head.record(),
+            leads: replica.head.has_started(),
+            committed: replica.head.committed(),
+            durable: replica.member.as_ref().map(Member::durable),
+        })
+    }
+
     /// News of a volume.
     pub(super) fn handle_record(&mut self, record: Record) {
         let node = self.replication.node();
@@ -211,10 +242,12 @@ impl<M: Memory> Shard<M> {
         });
         // The head's version is of the time before the record was read, so that it takes note of this one.
         let unread = Record { version: 0, ..record.clone() };
+        let mut head = Head::new(self.replication.node(), unread);
+        head.plant(self.replication.bugs);
         self.replication.replicas.push(Replica {
             volume: record.volume,
             served,
-            head: Head::new(self.replication.node(), unread),
+            head,
             member: None,
             // A replica of another lineage has nothing in common with this volume.
             failed: !own_lineage,

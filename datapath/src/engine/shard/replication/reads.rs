@@ -7,6 +7,7 @@ use super::super::Shard;
 use super::super::read::blocks_of;
 use super::super::task::PieceKind;
 use crate::memory::Memory;
+use crate::replica::bugs::PlantedBug;
 use crate::request::RequestError;
 use crate::store::lane::Completion;
 
@@ -30,6 +31,7 @@ impl<M: Memory> Shard<M> {
         let overlaps = |first: u32, length: u32| first < block + count && block < first + length;
         let overlapping = head.pending().filter(|change| overlaps(change.block, change.count));
         let until = overlapping.last().map_or(0, |change| change.stamp.sequence);
+        let until = if self.replication.bugs.has(PlantedBug::ReadBeforeCommit) { 0 } else { until };
         if completion.result.is_err() || head.committed() >= until && head.may_read(self.now) {
             return false;
         }
