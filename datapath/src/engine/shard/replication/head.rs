@@ -25,8 +25,10 @@ impl<M: Memory> Shard<M> {
         memory: Option<MemoryRange>,
     ) {
         let now = self.now;
-        let replica = &mut self.replication.replicas[index];
-        let Ok(stamp) = replica.head.submit(now, piece, kind, block, count) else {
+        let timely = self.is_of_this_term(self.pieces.get(piece).task);
+        let head = &mut self.replication.replicas[index].head;
+        let submitted = timely.then(|| head.submit(now, piece, kind, block, count));
+        let Some(Ok(stamp)) = submitted else {
             if let Some(memory) = memory {
                 self.pages.release(memory);
             }
@@ -48,7 +50,7 @@ impl<M: Memory> Shard<M> {
     }
 
     /// Ends a piece, but not within the call that began it.
-    fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
+    pub(super) fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
         self.progress = true;
         self.ended_pieces.push_back(Completion { cookie: piece, result, holes: HoleMap::default() });
     }
@@ -220,6 +222,7 @@ impl<M: Memory> Shard<M> {
     /// not answered but disconnected, so that they ask the next head.
     fn lead_ended(&mut self, index: usize) {
         let served = self.replication.replicas[index].served;
+        self.served[served].terms += 1;
         for id in self.connections_of(served) {
             self.close(id);
         }

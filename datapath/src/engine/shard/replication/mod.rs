@@ -239,6 +239,7 @@ impl<M: Memory> Shard<M> {
             requests_under_way: 0,
             connections: 0,
             replica: Some(index),
+            terms: 0,
         });
         // The head's version is of the time before the record was read, so that it takes note of this one.
         let unread = Record { version: 0, ..record.clone() };
@@ -320,6 +321,12 @@ impl<M: Memory> Shard<M> {
             Some(replica) => self.replication.replicas[replica].head.is_serving(),
             None => true,
         }
+    }
+
+    /// Was the task's request made to the head that is here now?
+    fn is_of_this_term(&self, task: u32) -> bool {
+        let task = self.tasks.get(task);
+        task.term == self.served[task.export as usize].terms
     }
 
     /// For failing tests.

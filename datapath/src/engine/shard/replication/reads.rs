@@ -26,6 +26,11 @@ impl<M: Memory> Shard<M> {
         let (Some(replica), PieceKind::Read(read)) = (self.served[served].replica, piece.kind) else {
             return false;
         };
+        if !self.is_of_this_term(piece.task) {
+            // There may be no head here any more that could say when to answer.
+            self.finish_later(completion.cookie, Err(RequestError::ShuttingDown));
+            return true;
+        }
         let head = &self.replication.replicas[replica].head;
         let (block, count) = blocks_of(read.offset_bytes, read.length_bytes);
         let overlaps = |first: u32, length: u32| first < block + count && block < first + length;
