@@ -106,7 +106,7 @@ impl Swarm {
             network_delay_ns_max: *random.pick(&[50_000, 500_000, 20 * MILLISECOND_NS]),
             store_delay_ns_max: *random.pick(&[10 * MILLISECOND_NS, 3 * SECOND_NS]),
             store_losses: some(random, 50, 15),
-            strays: some(random, 40, 20) + if options.fights { 60 } else { 0 },
+            strays: some(random, 15, 15) + if options.fights { 60 } else { 0 },
             moves_after_end: *random.pick(&[10, 60]),
             patience_ns_max: *random.pick(&[2 * SECOND_NS, 12 * SECOND_NS]),
             think_ns_max: *random.pick(&[400_000, 20 * MILLISECOND_NS]),

@@ -245,13 +245,20 @@ impl<M: Memory> Shard<M> {
         (0..crate::limits::CONNECTIONS_MAX).map(ConnectionId).filter(chosen).collect()
     }
 
-    /// A client has chosen the volume and nobody leads it here: this node becomes the head.
+    /// A client has chosen the volume and nobody leads it here: this node becomes the head. Where it cannot, its clients
+    /// are not kept waiting.
     pub(super) fn take_over_if_asked(&mut self, index: usize) {
         let replica = &self.replication.replicas[index];
-        if replica.head.is_active() || replica.member.is_none() || self.draining {
+        let served = replica.served;
+        let starting = replica.member.is_none() && !replica.failed;
+        if replica.head.is_active() || starting || self.draining || self.served[served].connections == 0 {
             return;
         }
-        if self.served[replica.served].connections > 0 {
+        if replica.failed || !replica.head.record().is_in_sync(self.replication.node()) {
+            for id in self.connections_of(served) {
+                self.close(id);
+            }
+        } else {
             let (now, random) = (self.now, self.replication.random());
             self.replication.replicas[index].head.take(now, random);
         }

@@ -73,6 +73,10 @@ impl<M: Memory> Shard<M> {
         let theirs = if asker == Leader::ThisNode { None } else { memory };
         let Some(member) = &mut replica.member else { return self.drop_payload_of_peer(theirs) };
         let before = member.epoch();
+        if asker != replica.leader && epoch_of_order(message) == Some(before) {
+            // It went on its way before the head called again, and what it asks for has been asked for since.
+            return self.drop_payload_of_peer(theirs);
+        }
         let step = member.handle(now, message);
         if matches!(message, PeerMessage::Promise { epoch } if epoch >= before) {
             replica.leader = asker;
@@ -259,5 +263,15 @@ impl<M: Memory> Shard<M> {
         // From now on its users hold it.
         self.replication.peer_pages -= memory.len / BLOCK_BYTES;
         self.send_payload(id, PeerFrame { volume, message }, checksums, memory);
+    }
+}
+
+/// The epoch of what only the head may ask for whose promise the member gave.
+fn epoch_of_order(message: PeerMessage) -> Option<u32> {
+    match message {
+        PeerMessage::Change { epoch, .. }
+        | PeerMessage::Fetch { epoch, .. }
+        | PeerMessage::Lease { epoch, .. } => Some(epoch),
+        _ => None,
     }
 }

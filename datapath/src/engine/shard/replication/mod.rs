@@ -201,8 +201,21 @@ impl<M: Memory> Shard<M> {
         let Replication { replicas, dials, .. } = &mut self.replication;
         let Replica { head, member, .. } = &mut replicas[index];
         let member_ready = member.is_some();
+        let before = if head.is_active() { head.record().in_sync.clone() } else { Vec::new() };
         head.handle_record(now, &record, |to| if to == node { member_ready } else { dials.is_up(to) });
+        if head.is_active() && !head.record().is_in_sync(node) {
+            // The head reads from this node's replica, which is not kept up to date any more.
+            head.resign();
+        }
+        let left: Vec<NodeId> =
+            before.into_iter().filter(|member| !head.record().is_in_sync(*member)).collect();
         self.settle_head(index);
+        // What waits to be sent to members that were left out holds memory, for as long as their links stand still.
+        for member in left {
+            if let Some(link) = self.replication.dials.up(member) {
+                self.close_link(link);
+            }
+        }
     }
 
     /// The node has, or is to have, a replica of the volume.

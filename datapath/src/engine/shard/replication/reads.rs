@@ -10,6 +10,8 @@ use crate::memory::Memory;
 use crate::replica::bugs::PlantedBug;
 use crate::request::RequestError;
 use crate::store::lane::Completion;
+use crate::units::BLOCK_BYTES_U64;
+use crate::wire::peer_message::ChangeHeader;
 
 /// A read that waits, and the last change that it may have seen.
 #[derive(Debug)]
@@ -42,6 +44,18 @@ impl<M: Memory> Shard<M> {
         }
         self.replication.replicas[replica].held.push(HeldRead { completion: *completion, until });
         true
+    }
+
+    /// Is what the lane says of these blocks what the volume holds now? Where it is not known, nothing may be told or
+    /// left undone because of it.
+    pub(in crate::engine::shard) fn is_known_now(&self, task: u32, start_bytes: u64, end_bytes: u64) -> bool {
+        let Some(replica) = self.served[self.tasks.get(task).export as usize].replica else { return true };
+        let head = &self.replication.replicas[replica].head;
+        let overlaps = |change: &ChangeHeader| {
+            let first = u64::from(change.block) * BLOCK_BYTES_U64;
+            first < end_bytes && start_bytes < first + u64::from(change.count) * BLOCK_BYTES_U64
+        };
+        self.is_of_this_term(task) && head.may_read(self.now) && !head.pending().any(overlaps)
     }
 
     /// Looks at held reads again.
