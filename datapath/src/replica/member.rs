@@ -15,6 +15,7 @@
 //! | fetch | refused | read from the log | a violation |
 //! | lease | refused | granted | a violation |
 
+use super::bugs::{Bugs, PlantedBug};
 use super::{LEASE_DRIFT_NS, LEASE_NS};
 use crate::record::Stamp;
 use crate::units::Moment;
@@ -70,6 +71,19 @@ impl Member {
             ack_due: false,
             granted: (0, now.after_ns(LEASE_NS + LEASE_DRIFT_NS)),
         }
+    }
+
+    /// Plants a mistake in a member that has just begun.
+    pub fn plant(&mut self, now: Moment, bugs: Bugs) {
+        if bugs.has(PlantedBug::LeaseForgotten) {
+            self.granted = (0, now);
+        }
+    }
+
+    /// Changes up to here are on stable media.
+    #[must_use]
+    pub fn durable(&self) -> u64 {
+        self.durable
     }
 
     /// The last change given to the log.

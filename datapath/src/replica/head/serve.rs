@@ -142,7 +142,7 @@ impl Head {
                 let following = lead.peers.iter().filter(|peer| peer.phase == Phase::Following);
                 following.map(|peer| peer.node).collect()
             }
-            _ => lead.needed(&self.record),
+            _ => lead.needed(&self.record, self.bugs),
         };
         let through = lead.peers.acked_by_all(&needed);
         while lead.window.front().is_some_and(|first| first.change.stamp.sequence <= through) {

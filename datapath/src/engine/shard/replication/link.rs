@@ -132,6 +132,7 @@ impl<M: Memory> Shard<M> {
         link.greeted = true;
         link.node = Some(hello.node);
         if !outgoing {
+            self.close_older_links(id, hello.node);
             return self.greet(id);
         }
         if self.replication.dials.greeted(hello.node, id) {
@@ -139,6 +140,20 @@ impl<M: Memory> Shard<M> {
             for index in 0..self.replication.replicas.len() {
                 self.replication.replicas[index].head.member_up(now, hello.node);
                 self.settle_head(index);
+            }
+        }
+    }
+
+    /// A node that calls again has given up its earlier connection, or was started anew. What is still on its way on that
+    /// one must not come between what it sends now.
+    fn close_older_links(&mut self, newest: ConnectionId, node: NodeId) {
+        for index in 0..self.replication.links.len() {
+            let id = ConnectionId(u32::try_from(index).expect("bounded by limits"));
+            let is_older = self
+                .living_link(id)
+                .is_some_and(|link| !link.outgoing && link.node == Some(node) && id != newest);
+            if is_older {
+                self.close_link(id);
             }
         }
     }
