@@ -11,6 +11,8 @@ use crate::sim::workload::{Ask, AskKind, Workload};
 /// Bytes that a verifying client reads at once.
 const VERIFY_BYTES: u64 = 128 << 10;
 const VERIFY_DEPTH: usize = 3;
+/// What was sent and not answered stays in doubt for good: the fewer there are, the more is known.
+const DEPTH_MAX: usize = 16;
 /// Replicas are equal so long after the last fault, however slow they were.
 const EQUAL_NS_MAX: u64 = 60 * SECOND_NS;
 /// How long clients of a calm cluster wait before they try elsewhere.
@@ -114,6 +116,11 @@ impl World {
             return self.plan_think(session, pause);
         }
         self.send_some(session);
+        let connected = self.sessions[session].connected.as_ref();
+        if connected.is_none_or(|at| at.client.free_depth() == 0) {
+            // Answers bring it back.
+            return;
+        }
         let idle = is_worker && self.random.per_million(self.swarm.idle_pauses);
         let longest = if idle { 2 * SECOND_NS } else { self.swarm.think_ns_max };
         let pause = self.random.skewed(2_000..=longest);
@@ -157,6 +164,7 @@ impl World {
         };
         let state = &self.volumes[volume];
         let mut plan = ClientPlan::draw(&mut self.random, &state.name, state.size_bytes);
+        plan.depth = plan.depth.min(DEPTH_MAX);
         if matches!(self.sessions[session].role, Role::Verifier(_)) {
             plan.depth = VERIFY_DEPTH;
         }
@@ -255,7 +263,8 @@ impl World {
         self.nodes[at.node].at(self.now_ns).expect("it was stepped").forget(at.connection);
         self.forget_client(session, at);
         let often = self.stage == Stage::Working;
-        let pause = self.random.skewed(MILLISECOND_NS..=if often { 500 * MILLISECOND_NS } else { SECOND_NS });
+        let longest = if often { 500 * MILLISECOND_NS } else { SECOND_NS };
+        let pause = self.random.range(MILLISECOND_NS..=longest);
         self.plan_think(session, pause);
     }
 
@@ -269,7 +278,7 @@ impl World {
         add_counts(&mut self.report.clients, &at.client.counts);
         // Where it was not served, the next one may not be either.
         let volume = self.sessions[session].volume;
-        if self.random.percent(self.swarm.moves_after_end) {
+        if self.volumes[volume].home == at.node && self.random.percent(self.swarm.moves_after_end) {
             let record = self.records.get(volume);
             self.volumes[volume].home = index(*self.random.pick(&record.in_sync));
         }

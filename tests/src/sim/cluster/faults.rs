@@ -107,7 +107,7 @@ impl Swarm {
             store_delay_ns_max: *random.pick(&[10 * MILLISECOND_NS, 3 * SECOND_NS]),
             store_losses: some(random, 50, 15),
             strays: some(random, 15, 15) + if options.fights { 60 } else { 0 },
-            moves_after_end: *random.pick(&[10, 60]),
+            moves_after_end: *random.pick(&[5, 30]),
             patience_ns_max: *random.pick(&[2 * SECOND_NS, 12 * SECOND_NS]),
             think_ns_max: *random.pick(&[400_000, 20 * MILLISECOND_NS]),
             disconnects: some(random, 40, 5_000),
