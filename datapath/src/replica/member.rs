@@ -80,6 +80,12 @@ impl Member {
         }
     }
 
+    /// The epoch that it promised, on stable media.
+    #[must_use]
+    pub fn promised(&self) -> u32 {
+        self.promised
+    }
+
     /// Changes up to here are on stable media.
     #[must_use]
     pub fn durable(&self) -> u64 {

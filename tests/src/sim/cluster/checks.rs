@@ -19,6 +19,8 @@ pub(super) struct Checks {
     committed: Vec<Vec<(u32, u64)>>,
     /// By volume and epoch: the node and the session that committed something.
     leads: BTreeMap<(usize, u32), (usize, u64)>,
+    /// By node and volume: the highest promise that was given.
+    promised: Vec<Vec<u32>>,
     /// Volumes and epochs that have started.
     started: BTreeSet<(usize, u32)>,
 }
@@ -27,6 +29,7 @@ impl Checks {
     pub(super) fn new(nodes: usize, volumes: usize) -> Checks {
         Checks {
             committed: vec![vec![(0, 0); volumes]; nodes],
+            promised: vec![vec![0; volumes]; nodes],
             leads: BTreeMap::new(),
             started: BTreeSet::new(),
         }
@@ -46,10 +49,14 @@ impl World {
         let Some(life) = &self.nodes[node].life else { return };
         let mut started = Vec::new();
         for state in life.driver.engine.replicas() {
+            let volume = position(state.record.volume);
+            if let Some(promised) = state.promised {
+                let before = std::mem::replace(&mut self.checks.promised[node][volume], promised);
+                assert!(promised >= before, "node {node} promised epoch {before} and then only {promised}");
+            }
             if !state.leads {
                 continue;
             }
-            let volume = position(state.record.volume);
             let epoch = state.record.epoch;
             let session = state.record.head.expect("an epoch has a head");
             let own = (node, session.session);
@@ -82,10 +89,15 @@ impl World {
     fn assert_held_by_all(&self, volume: usize, committed: u64) {
         let record = self.records.get(volume);
         for member in record.in_sync.iter().map(|member| index(*member)) {
-            let Some(life) = &self.nodes[member].life else { continue };
-            let mut replicas = life.driver.engine.replicas();
-            let state = replicas.find(|state| position(state.record.volume) == volume);
-            if let Some(durable) = state.and_then(|state| state.durable) {
+            let durable = match &self.nodes[member].life {
+                Some(life) => {
+                    let mut replicas = life.driver.engine.replicas();
+                    let state = replicas.find(|state| position(state.record.volume) == volume);
+                    state.and_then(|state| state.durable)
+                }
+                None => Some(self.content(member, volume).0.sequence),
+            };
+            if let Some(durable) = durable {
                 assert!(
                     durable >= committed,
                     "change {committed} of volume {volume} is committed, and node {member}, in sync, has {durable}\n{}",

@@ -11,6 +11,11 @@ use crate::sim::workload::{Ask, AskKind, Workload};
 /// Bytes that a verifying client reads at once.
 const VERIFY_BYTES: u64 = 128 << 10;
 const VERIFY_DEPTH: usize = 3;
+/// What was sent and not answered stays in doubt for good: the fewer there are, the more is known.
+const DEPTH_MAX: usize = 16;
+/// Readers go on for as long as others are stuck, so they take their time.
+const READER_PAUSE_NS_MAX: u64 = 40 * MILLISECOND_NS;
+const READER_BYTES_MAX: u64 = 64 << 10;
 /// Replicas are equal so long after the last fault, however slow they were.
 const EQUAL_NS_MAX: u64 = 60 * SECOND_NS;
 /// How long clients of a calm cluster wait before they try elsewhere.
@@ -40,6 +45,8 @@ struct Connected {
 pub(super) struct Session {
     role: Role,
     volume: usize,
+    /// Changes nothing: it sees what becomes of the others' changes, also where no change is possible.
+    reader: bool,
     connected: Option<Connected>,
     think_planned: bool,
 }
@@ -72,11 +79,12 @@ impl World {
             let size_bytes = self.volumes[volume].size_bytes;
             let workload = Workload::new(self.swarm.pattern.clone(), size_bytes, random.fork("workload", 0));
             self.add_session(volume, Role::Worker(Box::new(workload)));
+            self.sessions.last_mut().expect("just added").reader = random.percent(self.swarm.readers);
         }
     }
 
     fn add_session(&mut self, volume: usize, role: Role) {
-        self.sessions.push(Session { role, volume, connected: None, think_planned: false });
+        self.sessions.push(Session { role, volume, reader: false, connected: None, think_planned: false });
         let delay = self.random.range(0..=MILLISECOND_NS);
         self.plan_think(self.sessions.len() - 1, delay);
     }
@@ -114,8 +122,19 @@ impl World {
             return self.plan_think(session, pause);
         }
         self.send_some(session);
+        let connected = self.sessions[session].connected.as_ref();
+        if connected.is_none_or(|at| at.client.free_depth() == 0) {
+            // Answers bring it back.
+            return;
+        }
         let idle = is_worker && self.random.per_million(self.swarm.idle_pauses);
-        let longest = if idle { 2 * SECOND_NS } else { self.swarm.think_ns_max };
+        let slow = self.sessions[session].reader;
+        let longest = match (idle, slow) {
+            (true, _) => 2 * SECOND_NS,
+            (_, true) => READER_PAUSE_NS_MAX,
+            _ if self.options.splits => READER_PAUSE_NS_MAX,
+            _ => self.swarm.think_ns_max,
+        };
         let pause = self.random.skewed(2_000..=longest);
         self.plan_think(session, pause);
     }
@@ -157,6 +176,8 @@ impl World {
         };
         let state = &self.volumes[volume];
         let mut plan = ClientPlan::draw(&mut self.random, &state.name, state.size_bytes);
+        let reader = self.sessions[session].reader;
+        plan.depth = plan.depth.min(if reader { 2 } else { DEPTH_MAX });
         if matches!(self.sessions[session].role, Role::Verifier(_)) {
             plan.depth = VERIFY_DEPTH;
         }
@@ -179,7 +200,7 @@ impl World {
 
     fn send_some(&mut self, session: usize) {
         let now = Moment(self.now_ns);
-        let Session { role, volume, connected, .. } = &mut self.sessions[session];
+        let Session { role, volume, reader, connected, .. } = &mut self.sessions[session];
         let Some(at) = connected else { return };
         let state = &mut self.volumes[*volume];
         let free = at.client.free_depth();
@@ -187,7 +208,13 @@ impl World {
         match role {
             Role::Worker(workload) => {
                 for _ in 0..count {
-                    at.client.send(now, workload.draw(), &mut state.oracle);
+                    let mut ask = workload.draw();
+                    if *reader && matches!(ask.kind, AskKind::Write | AskKind::Trim | AskKind::Zeroes { .. })
+                    {
+                        ask = Ask { kind: AskKind::Read { one_piece: false }, fua: false, ..ask };
+                        ask.length_bytes = ask.length_bytes.min(READER_BYTES_MAX);
+                    }
+                    at.client.send(now, ask, &mut state.oracle);
                 }
             }
             Role::Verifier(next) => {
@@ -247,7 +274,9 @@ impl World {
             return;
         }
         if answers > 0 || free > 0 {
-            let pause = self.random.skewed(100..=50_000);
+            let reader = self.sessions[session].reader;
+            let longest = if reader || self.options.splits { READER_PAUSE_NS_MAX } else { 50_000 };
+            let pause = self.random.skewed(100..=longest);
             self.plan_think(session, pause);
         }
         if self.answers >= self.fault_at_answers && self.stage == Stage::Working {
@@ -260,7 +289,8 @@ impl World {
         self.nodes[at.node].at(self.now_ns).expect("it was stepped").forget(at.connection);
         self.forget_client(session, at);
         let often = self.stage == Stage::Working;
-        let pause = self.random.skewed(MILLISECOND_NS..=if often { 500 * MILLISECOND_NS } else { SECOND_NS });
+        let longest = if often { 500 * MILLISECOND_NS } else { SECOND_NS };
+        let pause = self.random.range(MILLISECOND_NS..=longest);
         self.plan_think(session, pause);
     }
 
@@ -286,7 +316,7 @@ impl World {
         add_counts(&mut self.report.clients, &at.client.counts);
         // Where it was not served, the next one may not be either.
         let volume = self.sessions[session].volume;
-        if self.random.percent(self.swarm.moves_after_end) {
+        if self.volumes[volume].home == at.node && self.random.percent(self.swarm.moves_after_end) {
             let record = self.records.get(volume);
             self.volumes[volume].home = index(*self.random.pick(&record.in_sync));
         }
@@ -302,6 +332,16 @@ impl World {
         );
         self.nodes[at.node].at(self.now_ns).expect("a connection has a process").client_leaves(at.connection);
         self.forget_client(session, at);
+    }
+
+    /// About half of those who write to the volume go elsewhere; whoever reads stays.
+    pub(super) fn move_writers(&mut self, volume: usize, node: usize) {
+        self.volumes[volume].home = node;
+        for session in 0..self.sessions.len() {
+            if !self.sessions[session].reader && self.random.percent(60) {
+                self.leave_and_return(session, volume);
+            }
+        }
     }
 
     /// The client goes elsewhere, as its task does.

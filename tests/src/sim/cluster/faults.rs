@@ -1,7 +1,7 @@
 //! What goes wrong, when, and for how long.
 
 use super::links::Blocks;
-use super::{ClusterOptions, Happening, MILLISECOND_NS, SECOND_NS, Stage, World};
+use super::{ClusterOptions, Happening, MILLISECOND_NS, SECOND_NS, Stage, World, index};
 use crate::sim::random::Random;
 use crate::sim::trace;
 use crate::sim::workload::Pattern;
@@ -36,6 +36,8 @@ pub(super) struct Swarm {
     pub(super) think_ns_max: u64,
     /// Chances per million occasions.
     pub(super) disconnects: u64,
+    /// Percentage of clients that only read.
+    pub(super) readers: u64,
     pub(super) idle_pauses: u64,
     pub(super) tear_bytes: usize,
     pub(super) disk_delay_ns_max: u64,
@@ -56,14 +58,26 @@ enum Kind {
     Pause,
     SlowDisk,
     Move,
+    Split,
 }
 
 /// What ends by itself.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fault {
-    Block { from: usize, to: usize },
+    Block {
+        from: usize,
+        to: usize,
+    },
     StoreAway,
-    SlowDisk { node: usize, boot: u64 },
+    SlowDisk {
+        node: usize,
+        boot: u64,
+    },
+    /// What others send to this node is held up. When it gets through, the node is cut off.
+    Late {
+        volume: usize,
+        node: usize,
+    },
 }
 
 impl Swarm {
@@ -80,10 +94,12 @@ impl Swarm {
             (Kind::Pause, 3),
             (Kind::SlowDisk, 1),
             (Kind::Move, 2),
+            (Kind::Split, 3),
         ];
         let mut likely = Vec::new();
         for (kind, often) in kinds {
-            if random.percent(55) && !options.peace {
+            let wanted = random.percent(55) && !options.splits || options.splits && kind == Kind::Split;
+            if wanted && !options.peace {
                 likely.extend(std::iter::repeat_n(kind, often));
             }
         }
@@ -94,9 +110,9 @@ impl Swarm {
             |random: &mut Random, percent: u64, value: u64| if random.percent(percent) { value } else { 0 };
         let bytes_max = *random.pick(&[16 << 10, 128 << 10, 1 << 20]);
         Swarm {
-            faults: if options.peace { 3 } else { random.range(2..=9) },
+            faults: if options.peace || options.splits { 3 } else { random.range(2..=9) },
             kinds: likely,
-            clients: random.range(1..=4),
+            clients: random.range(if options.splits { 3 } else { 1 }..=4),
             pattern: Pattern::draw(random, bytes_max),
             answers_max: *random.pick(&[20, 100, 300]),
             calm_ns_max: *random.pick(&[2 * SECOND_NS, 10 * SECOND_NS]),
@@ -107,10 +123,11 @@ impl Swarm {
             store_delay_ns_max: *random.pick(&[10 * MILLISECOND_NS, 3 * SECOND_NS]),
             store_losses: some(random, 50, 15),
             strays: some(random, 15, 15) + if options.fights { 60 } else { 0 },
-            moves_after_end: *random.pick(&[10, 60]),
-            patience_ns_max: *random.pick(&[2 * SECOND_NS, 12 * SECOND_NS]),
+            moves_after_end: *random.pick(&[5, 30]),
+            patience_ns_max: if options.splits { 12 } else { *random.pick(&[2, 12]) } * SECOND_NS,
             think_ns_max: *random.pick(&[400_000, 20 * MILLISECOND_NS]),
             disconnects: some(random, 40, 5_000),
+            readers: if options.splits { 50 } else { *random.pick(&[0, 30, 60]) },
             idle_pauses: some(random, 40, 5_000),
             tear_bytes: *random.pick(&[512, 4096]),
             disk_delay_ns_max: *random.pick(&[5_000, 50_000, 200_000, 2 * MILLISECOND_NS]),
@@ -123,8 +140,8 @@ impl World {
     /// Decides when the next fault comes: after so many answers, or so much time.
     pub(super) fn plan_fault(&mut self) {
         self.fault_at_answers = self.answers + self.random.range(1..=self.swarm.answers_max);
-        let longest = self.swarm.calm_ns_max;
-        let soon = self.faults_made > 0 && self.random.percent(40);
+        let longest = if self.options.splits { 10 * SECOND_NS } else { self.swarm.calm_ns_max };
+        let soon = self.faults_made > 0 && !self.options.splits && self.random.percent(40);
         let delay = if soon {
             self.random.skewed(MILLISECOND_NS..=longest)
         } else {
@@ -167,6 +184,7 @@ impl World {
             }
             Kind::Pause => self.pause(node),
             Kind::SlowDisk => self.slow_disk(node),
+            Kind::Split => self.split(),
             Kind::Move => {
                 let volume = self.random.index(self.volumes.len());
                 self.volumes[volume].home = node;
@@ -174,6 +192,10 @@ impl World {
             }
         }
         self.plan_fault();
+        if kind == Kind::Split {
+            // It takes its time, however much is answered meanwhile.
+            self.fault_at_answers = u64::MAX;
+        }
     }
 
     fn undo_later(&mut self, fault: Fault) {
@@ -227,6 +249,56 @@ impl World {
         }
     }
 
+    /// A head is cut off with clients who read from it, and others ask another node for the volume. Whatever let it read
+    /// must have ended before another head takes changes.
+    fn split(&mut self) {
+        let volume = self.random.index(self.volumes.len());
+        let Some(head) = self.records.get(volume).head else { return };
+        let node = index(head.node);
+        if self.random.percent(40) {
+            // First it hears late of what it was granted.
+            (0..self.nodes.len()).for_each(|other| self.blocks.set(other, node, true));
+            let delay = self.random.range(300 * MILLISECOND_NS..=2_700 * MILLISECOND_NS);
+            return self.after(delay, Happening::Undo(Fault::Late { volume, node }));
+        }
+        self.cut_off(volume, node);
+    }
+
+    pub(super) fn cut_off(&mut self, volume: usize, node: usize) {
+        if self.stage != Stage::Working {
+            return;
+        }
+        self.report.network_faults += 1;
+        let delay = self.random.range(SECOND_NS..=7 * SECOND_NS);
+        for other in (0..=self.nodes.len()).filter(|other| *other != node) {
+            for (from, to) in [(node, other), (other, node)] {
+                self.blocks.set(from, to, true);
+                self.after(delay, Happening::Undo(Fault::Block { from, to }));
+            }
+        }
+        let others: Vec<usize> = self
+            .records
+            .get(volume)
+            .in_sync
+            .iter()
+            .map(|other| index(*other))
+            .filter(|it| *it != node)
+            .collect();
+        if others.is_empty() {
+            return;
+        }
+        let (next, struck) = (*self.random.pick(&others), *self.random.pick(&others));
+        if self.random.percent(50) && self.nodes[struck].life.is_some() {
+            // What it had granted must not be forgotten.
+            self.report.kills += 1;
+            self.stop(struck, false);
+            let delay = self.random.range(MILLISECOND_NS..=50 * MILLISECOND_NS);
+            let boots = self.nodes[struck].boots;
+            self.after(delay, Happening::Start { node: struck, boots });
+        }
+        self.move_writers(volume, next);
+    }
+
     /// Bytes go one way only.
     fn block_some_way(&mut self, from: usize) {
         self.report.network_faults += 1;
@@ -262,6 +334,14 @@ impl World {
                 self.flow_again();
             }
             Fault::StoreAway => self.store_away = false,
+            Fault::Late { volume, node } => {
+                (0..self.nodes.len()).for_each(|other| self.blocks.set(other, node, false));
+                self.flow_again();
+                if self.stage == Stage::Working {
+                    let delay = self.random.range(MILLISECOND_NS..=20 * MILLISECOND_NS);
+                    self.after(delay, Happening::Split { volume, node });
+                }
+            }
             Fault::SlowDisk { node, boot } => {
                 if self.is_living(node, boot)
                     && let Some(driver) = self.nodes[node].at(self.now_ns)

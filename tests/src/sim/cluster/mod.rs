@@ -60,13 +60,20 @@ pub struct ClusterOptions {
     pub fights: bool,
     /// Nothing ever fails.
     pub peace: bool,
+    /// All that goes wrong is that heads are cut off, from few blocks that everybody uses.
+    pub splits: bool,
 }
 
+const PLAIN: ClusterOptions =
+    ClusterOptions { fights: false, peace: false, splits: false, bugs: Bugs::none() };
+
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 2] = [
-    ("peace", ClusterOptions { fights: false, peace: true, bugs: Bugs::none() }),
+const SCENARIOS: [(&str, ClusterOptions); 3] = [
+    ("peace", ClusterOptions { peace: true, ..PLAIN }),
+    // A head that is cut off goes on to read for as long as it may, and not longer.
+    ("splits", ClusterOptions { splits: true, ..PLAIN }),
     // Heads on all nodes take the volume from each other as fast as they can.
-    ("fights", ClusterOptions { fights: true, peace: false, bugs: Bugs::none() }),
+    ("fights", ClusterOptions { fights: true, ..PLAIN }),
 ];
 
 /// The way of this name.
@@ -157,6 +164,7 @@ enum Happening {
     Think(usize),
     Fault(u64),
     Undo(Fault),
+    Split { volume: usize, node: usize },
     Start { node: usize, boots: u64 },
     Watch,
 }
@@ -252,7 +260,7 @@ impl World {
         let nodes = draw_nodes(&mut draw, &random, options, &swarm);
         let (mut volumes, mut records) = (Vec::new(), Vec::new());
         for volume in 0..crate::to_usize(draw.range(1..=2)) {
-            let size_blocks = draw.skewed(16..=400);
+            let size_blocks = if options.splits { draw.range(16..=24) } else { draw.skewed(16..=400) };
             let mut replicas: Vec<NodeId> = (0..nodes.len()).map(id).collect();
             draw.shuffle(&mut replicas);
             let most = replicas.len().min(3);
@@ -360,6 +368,7 @@ impl World {
             Happening::Fault(number) if number == self.faults_made => self.fault(),
             Happening::Fault(_) => {}
             Happening::Undo(fault) => self.undo(fault),
+            Happening::Split { volume, node } => self.cut_off(volume, node),
             Happening::Start { node, boots } => {
                 if self.nodes[node].life.is_none() && self.nodes[node].boots == boots {
                     self.start(node);

@@ -64,6 +64,8 @@ pub struct ReplicaState<'a> {
     pub committed: u64,
     /// Changes up to here are on this node's stable media; nothing while the member cannot work.
     pub durable: Option<u64>,
+    /// The epoch that it promised; nothing while the member cannot work.
+    pub promised: Option<u32>,
 }
 
 /// Who asked a member for its promise, and hears its acknowledgements.
@@ -228,6 +230,7 @@ impl<M: Memory> Shard<M> {
             leads: replica.head.has_started(),
             committed: replica.head.committed(),
             durable: replica.member.as_ref().map(Member::durable),
+            promised: replica.member.as_ref().map(Member::promised),
         })
     }
 
