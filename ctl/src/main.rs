@@ -32,6 +32,7 @@ enum Command {
     Dev(dev::DevArguments),
     Volume(volume::VolumeArguments),
     Node(node::NodeArguments),
+    Status(volume::StatusArguments),
 }
 
 /// Load volumes over NBD and measure, or verify that none of it is lost.
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         Command::Ctl(arguments) => ctl::run(arguments).map(|()| true),
         Command::Volume(arguments) => volume::run(&arguments).map(|()| true),
         Command::Node(arguments) => node::run(arguments).map(|()| true),
+        Command::Status(arguments) => volume::status(&arguments),
         Command::Dev(arguments) => dev::run(&arguments).map(|()| true),
     };
     match result {

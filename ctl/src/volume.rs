@@ -150,6 +150,40 @@ pub(crate) fn run(arguments: &VolumeArguments) -> Result<(), String> {
     }
 }
 
+/// Show the state of the cluster. Ends with status 1 if a volume has fewer replicas in sync than it should.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArguments {
+    #[command(flatten)]
+    remote: RemoteArguments,
+}
+
+#[derive(Debug, Serialize)]
+struct StatusReport {
+    nodes: usize,
+    volumes: Vec<VolumeReport>,
+    degraded: Vec<String>,
+}
+
+/// Prints how the volumes are. False if one is degraded.
+pub(crate) fn status(arguments: &StatusArguments) -> Result<bool, String> {
+    let (nodes, volumes) = with_client(&arguments.remote, |mut client| async move {
+        let nodes = node_names(&mut client).await?.len();
+        Ok((nodes, list(client).await?))
+    })?;
+    let is_degraded = |volume: &&VolumeReport| !volume.stale.is_empty() || !volume.catching_up.is_empty();
+    let degraded = volumes.iter().filter(is_degraded).map(|volume| volume.name.clone()).collect();
+    let report = StatusReport { nodes, volumes, degraded };
+    print(arguments.remote.output, &report, || {
+        let all = if report.degraded.is_empty() {
+            "all replicas are in sync".to_owned()
+        } else {
+            format!("DEGRADED: {}", report.degraded.join(", "))
+        };
+        format!("{} nodes, {} volumes; {all}\n{}", report.nodes, report.volumes.len(), table(&report.volumes))
+    })?;
+    Ok(report.degraded.is_empty())
+}
+
 /// Requests that are answered with one volume.
 enum Request {
     Create(CreateVolumeRequest),

@@ -136,7 +136,7 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     })?);
     let news = link.news().clone();
     let Some(node) = wait_to_join(&news, &settings.ctl, &stops) else { return Ok(()) };
-    let config = NodeConfig { node, boot };
+    let config = NodeConfig { node, boot, steals: false };
     let shard = build_shard(vec![pool], &[file.length_bytes()], &[], &lanes, Some(config))?;
     let (calls, called) = unbounded();
     let outside: Arc<dyn Outside> = Arc::new(Errands { calls, link: Arc::clone(&link) });

@@ -1,13 +1,17 @@
 //! Volumes replicated over nodes that are real processes, while these are killed.
 #![expect(clippy::disallowed_methods, reason = "system tests run in real time")]
 
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use berth::bench::{self, BenchArgs, BlockRange, Control};
+use datapath::record::{NodeId, VolumeNumber};
+use datapath::wire::peer_message::{Hello, PeerFrame, PeerMessage};
 use system_tests::harness::cluster::{Cluster, Probe};
-use system_tests::harness::tools::run_to_fail;
+use system_tests::harness::tools::{run, run_to_fail};
 use system_tests::harness::{Scratch, full_tier, print_figure};
 
 /// A member's node is gone: writes wait for at most so long.
@@ -60,6 +64,7 @@ fn writes_go_on_when_a_member_is_killed() {
     let args = load(&cluster);
     let mut probe = Probe::new(&cluster.nodes[0], "probe");
     probe.write();
+    assert!(run(&mut cluster.ctl.command("status")).contains("all replicas are in sync"));
     let mut pause = Duration::ZERO;
     let requests = under_load(&args, |control| {
         probe.write_for(Duration::from_secs(1));
@@ -68,6 +73,7 @@ fn writes_go_on_when_a_member_is_killed() {
         assert_eq!(control.reconnects(), 0, "clients notice nothing but a pause");
     });
     cluster.wait_for_volume("v", |volume| volume["in_sync"].as_array().map(Vec::len) == Some(2));
+    assert!(run_to_fail(&mut cluster.ctl.command("status")).contains("DEGRADED: v"));
     assert!(pause <= MEMBER_PAUSE_MAX, "writes waited for {pause:?}");
     print_figure(&format!("writes waited for {pause:?}; {requests} requests verified"));
 }
@@ -101,7 +107,7 @@ fn another_node_takes_over_when_the_heads_node_is_killed() {
 #[test]
 fn a_volume_that_is_led_elsewhere_is_refused_by_name() {
     let scratch = Scratch::new("elsewhere");
-    let mut cluster = Cluster::start(&scratch, 3, 512);
+    let cluster = Cluster::start(&scratch, 3, 512);
     cluster.make_volume("v", 16);
     let mut probe = Probe::new(&cluster.nodes[0], "v");
     probe.write();
@@ -117,10 +123,66 @@ fn a_volume_that_is_led_elsewhere_is_refused_by_name() {
     cluster.wait_for_volume("v", |volume| volume["in_sync"].as_array().map(Vec::len) == Some(3));
     probe.write_for(Duration::from_millis(200));
     refused(&cluster, 2, "node number 1 leads v");
-    cluster.kill_node(0);
-    probe.move_to(&cluster.nodes[1]);
+}
+
+/// Where other nodes connect to the first node.
+fn peer_address(cluster: &Cluster) -> String {
+    let text = run(&mut cluster.ctl.command("node list --output json"));
+    let nodes: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    nodes[0]["peer"].as_str().expect("an address").to_owned()
+}
+
+#[test]
+fn nonsense_at_the_port_for_nodes_costs_its_sender_the_connection() {
+    let scratch = Scratch::new("noise");
+    let cluster = Cluster::start(&scratch, 3, 512);
+    cluster.make_volume("v", 16);
+    let mut probe = Probe::new(&cluster.nodes[0], "v");
     probe.write();
-    assert_eq!(cluster.volume("v")["head"], "n2");
+    let address = peer_address(&cluster);
+    let frame = |message, volume| {
+        let mut bytes = Vec::new();
+        PeerFrame { volume: VolumeNumber(volume), message }.encode(&[], &mut bytes);
+        bytes
+    };
+    let hello =
+        |node| frame(PeerMessage::Hello(Hello { node: NodeId(node), boot: 1, features: u64::MAX }), 0);
+    let mut damaged = hello(9);
+    damaged[60] ^= 1;
+    let mut endless = hello(9);
+    endless[12..16].copy_from_slice(&u32::MAX.to_be_bytes());
+    // Each of these is wrong at its end, and answered with the end of the connection.
+    let attacks: [Vec<u8>; 6] = [
+        vec![0xa5; 5000],
+        damaged,
+        endless,
+        frame(PeerMessage::Promise { epoch: 1 }, 1),
+        [hello(9), hello(9)].concat(),
+        [hello(9), frame(PeerMessage::Ack { epoch: 1, through: 1 << 60 }, 1)].concat(),
+    ];
+    let mut idle = Vec::new();
+    for round in 0..60 {
+        let mut socket = TcpStream::connect(&address).expect("the node listens");
+        socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+        // It may be gone before all is written.
+        let _ = socket.write_all(&attacks[round % attacks.len()]);
+        let mut said = Vec::new();
+        match socket.read_to_end(&mut said) {
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::ConnectionReset, "attack {}", round % attacks.len())
+            }
+        }
+        let mut silent = TcpStream::connect(&address).expect("the node listens");
+        let half = hello(8);
+        silent.write_all(&half[..round]).expect("room");
+        idle.push(silent);
+    }
+    assert!(probe.write_for(Duration::from_secs(1)) < Duration::from_secs(1), "an honest client waits");
+    assert!(run(&mut cluster.ctl.command("status")).contains("all replicas are in sync"));
+    // Who does not say who it is is put out.
+    idle[0].set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    assert_eq!(idle[0].read(&mut [0]).expect("the end of the connection"), 0);
 }
 
 /// The replica that was away is the only one left at the end: what it was filled with is all there is.

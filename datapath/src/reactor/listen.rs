@@ -31,6 +31,8 @@ pub(super) struct Listener {
 /// to be noticed; a client that finds all places taken by others that stay shall know it soon.
 const SOCKETS_WAITING_MAX: usize = 4096;
 const SOCKET_WAIT_MS: u64 = 1000;
+/// Places that clients leave to other nodes, where there are any.
+const PLACES_FOR_NODES: usize = 64;
 
 impl<E: Engine<Memory = Arena>> Reactor<E> {
     /// Has every listener accept that does not.
@@ -103,11 +105,20 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     /// Gives a connected socket an id and tells the engine. With all ids in use it waits in line, because those of
     /// clients that left come free by themselves; past [`SOCKETS_WAITING_MAX`], or in vain, it is closed.
     pub(super) fn admit(&mut self, socket: OwnedFd, peer: PeerAddress) {
-        if self.free_connections.is_empty() && self.waiting_sockets.len() < SOCKETS_WAITING_MAX {
+        if self.has_place_for_client() {
+            self.admit_now(socket, Newcomer::Client(peer));
+        } else if self.waiting_sockets.len() < SOCKETS_WAITING_MAX {
             self.waiting_sockets.push_back((self.now.after_ms(SOCKET_WAIT_MS), socket, peer));
-            return;
+        } else {
+            self.counters.refused += 1;
         }
-        self.admit_now(socket, Newcomer::Client(peer));
+    }
+
+    /// However many clients there are, nodes find a place: a volume would stop otherwise.
+    fn has_place_for_client(&self) -> bool {
+        let kept =
+            if self.listeners.iter().any(|listener| listener.for_nodes) { PLACES_FOR_NODES } else { 0 };
+        self.free_connections.len() > kept
     }
 
     /// A connection to a node that was called, if it was reached.
@@ -124,6 +135,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
 
     /// An id has come free.
     pub(super) fn admit_waiting(&mut self) {
+        if !self.has_place_for_client() {
+            return;
+        }
         if let Some((_, socket, peer)) = self.waiting_sockets.pop_front() {
             self.admit_now(socket, Newcomer::Client(peer));
         }

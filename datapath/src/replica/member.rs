@@ -20,6 +20,7 @@
 //! A member that was found half filled at its start holds no order at all: it takes changes again after the next fill has
 //! begun.
 
+use super::bugs::{Bugs, PlantedBug};
 use super::fill::Filling;
 use super::{LEASE_DRIFT_NS, LEASE_NS};
 use crate::record::Stamp;
@@ -113,6 +114,19 @@ impl Member {
             granted: (0, now.after_ns(LEASE_NS + LEASE_DRIFT_NS)),
             fill: if is_filling { Fill::BrokenOff } else { Fill::None },
         }
+    }
+
+    /// Plants a mistake in a member that has just begun.
+    pub fn plant(&mut self, now: Moment, bugs: Bugs) {
+        if bugs.has(PlantedBug::LeaseForgotten) {
+            self.granted = (0, now);
+        }
+    }
+
+    /// Changes up to here are on stable media.
+    #[must_use]
+    pub fn durable(&self) -> u64 {
+        self.durable
     }
 
     /// The last change given to the log.

@@ -13,6 +13,7 @@
 //! stable media. Views (who leads, who is in sync) change by compare-and-swap of the volume's
 //! [`Record`](crate::record::Record); PacificA (Lin et al., 2008) is where the idea is from.
 
+pub mod bugs;
 mod fill;
 pub mod head;
 pub mod member;

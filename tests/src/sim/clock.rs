@@ -45,6 +45,18 @@ impl<T> Agenda<T> {
         self.at(self.now.after_ns(nanoseconds), happening);
     }
 
+    /// When the next happening is.
+    #[must_use]
+    pub fn next_moment(&self) -> Option<Moment> {
+        self.entries.peek().map(|entry| entry.moment)
+    }
+
+    /// Lets time pass, up to `moment` or to the next happening.
+    pub fn advance_to(&mut self, moment: Moment) {
+        let limit = self.next_moment().unwrap_or(moment).min(moment);
+        self.now = self.now.max(limit);
+    }
+
     /// Jumps to the next happening.
     pub fn advance(&mut self) -> Option<T> {
         let entry = self.entries.pop()?;

@@ -3,6 +3,7 @@
 
 use datapath::engine::ports::{ConnectionId, DeviceIndex, Effect, Engine, Event, PeerAddress, Token};
 use datapath::limits::{CONNECTIONS_MAX, SEND_PIECES_MAX};
+use datapath::record::{NodeId, Record};
 use datapath::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 
 use super::bytes::ByteQueue;
@@ -20,6 +21,8 @@ const EFFECTS_PER_TURN_MAX: u32 = 100_000;
 #[derive(Clone, Copy, Debug)]
 enum Happening {
     Turn,
+    /// A turn whose clock was read long before.
+    LateTurn,
     Timeout,
     Device(OperationIndex),
     Arrive(ConnectionId),
@@ -119,6 +122,12 @@ pub struct Driver<E> {
     timeout_planned: Option<Moment>,
     /// The engine is at work until then; what happens meanwhile waits for its next turn.
     busy_until: Moment,
+    /// The next turn reads its clock and then sleeps for so many nanoseconds before it does anything.
+    sleep_ns: u64,
+    /// What the turn that sleeps has been told, and the clock that it read.
+    asleep: Option<(Moment, Vec<Event>)>,
+    /// Other nodes that the engine calls; nothing if it has none, so that every call fails at once.
+    calls: Option<Vec<NodeId>>,
     random: Random,
 }
 
@@ -143,6 +152,9 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             turn_planned: false,
             timeout_planned: None,
             busy_until: now,
+            sleep_ns: 0,
+            asleep: None,
+            calls: None,
             random,
         };
         driver.plan_turn();
@@ -162,11 +174,48 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
 
     /// A client connects.
     pub fn connect(&mut self) -> ConnectionId {
+        let id = self.open_pipe();
+        let host = u128::from(self.random.below(4));
+        let peer = if host == 0 { PeerAddress::Unix } else { PeerAddress::Internet(host.into()) };
+        self.tell(Event::Accepted { connection: id, peer });
+        id
+    }
+
+    /// There is a connection to another node: to the one that the engine called, or from one that called.
+    pub fn connect_node(&mut self, called: Option<NodeId>) -> ConnectionId {
+        let id = self.open_pipe();
+        self.tell(match called {
+            Some(node) => Event::PeerConnected { node, connection: id },
+            None => Event::PeerAccepted { connection: id },
+        });
+        id
+    }
+
+    /// The node that the engine called cannot be reached.
+    pub fn refuse_call(&mut self, node: NodeId) {
+        self.tell(Event::PeerUnreachable { node });
+    }
+
+    /// The engine reads a record.
+    pub fn tell_record(&mut self, record: Record) {
+        self.tell(Event::Record(Box::new(record)));
+    }
+
+    /// From now on calls of other nodes are the caller's to answer.
+    pub fn allow_calls(&mut self) {
+        self.calls = Some(Vec::new());
+    }
+
+    /// Whom the engine has called since the last time.
+    pub fn take_calls(&mut self) -> Vec<NodeId> {
+        self.calls.as_mut().map_or_else(Vec::new, std::mem::take)
+    }
+
+    fn open_pipe(&mut self) -> ConnectionId {
         // A turn's events come in any order, so an id whose end is still to be told is not free.
-        let told = |index: usize| {
-            let waiting = |event: &Event| connection_of(event).is_some_and(|id| id.0 as usize == index);
-            !self.inbox.iter().any(waiting)
-        };
+        let asleep = self.asleep.iter().flat_map(|(_, events)| events);
+        let untold: Vec<ConnectionId> = self.inbox.iter().chain(asleep).filter_map(connection_of).collect();
+        let told = |index: usize| untold.iter().all(|id| id.0 as usize != index);
         let free =
             (0..self.connections.len()).find(|index| self.connections[*index].is_none() && told(*index));
         let index = free.unwrap_or_else(|| {
@@ -189,10 +238,35 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             watched: false,
             client_left: false,
         });
-        let host = u128::from(self.random.below(4));
-        let peer = if host == 0 { PeerAddress::Unix } else { PeerAddress::Internet(host.into()) };
-        self.tell(Event::Accepted { connection: id, peer });
         id
+    }
+
+    /// When the next thing happens here, if the world does nothing before.
+    #[must_use]
+    pub fn next_moment(&self) -> Option<Moment> {
+        self.agenda.next_moment()
+    }
+
+    /// Time passes, but nothing happens before `moment`.
+    pub fn advance_to(&mut self, moment: Moment) {
+        self.agenda.advance_to(moment);
+    }
+
+    /// The engine's thread gets no time for so long. If `late`, it has just read its clock for a turn.
+    pub fn pause(&mut self, nanoseconds: u64, late: bool) {
+        if late {
+            self.sleep_ns = nanoseconds;
+            return self.plan_turn();
+        }
+        self.busy_until = self.busy_until.max(self.now().after_ns(nanoseconds));
+    }
+
+    /// Whoever is on the other side of a connection takes no bytes, or takes them again.
+    pub fn hold_reading(&mut self, id: ConnectionId, held: bool) {
+        let was_held = std::mem::replace(&mut self.connection(id).reading_paused, held);
+        if was_held && !held {
+            self.plan_delivery(id);
+        }
     }
 
     /// The client of a connection writes.
@@ -289,14 +363,20 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         self.counts.happenings += 1;
         match happening {
             Happening::Turn => {
-                self.take_turn();
+                return self.begin_turn();
+            }
+            Happening::LateTurn => {
+                let (now, events) = self.asleep.take().expect("a turn that sleeps");
+                self.take_turn(now, events);
                 return Notice::Turn;
             }
             Happening::Timeout => {
                 let now = self.now();
                 self.timeout_planned = None;
-                if self.engine.poll_timeout().is_some_and(|moment| moment <= now) {
-                    self.tell(Event::Timeout);
+                match self.engine.poll_timeout() {
+                    Some(moment) if moment <= now => self.tell(Event::Timeout),
+                    Some(moment) => self.plan_timeout(moment),
+                    None => {}
                 }
             }
             Happening::Device(index) => self.finish_device_operation(index),
@@ -333,11 +413,32 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         }
     }
 
-    fn take_turn(&mut self) {
+    fn begin_turn(&mut self) -> Notice {
         self.turn_planned = false;
-        self.counts.turns += 1;
         let now = self.now();
-        let mut events = std::mem::take(&mut self.inbox);
+        if self.asleep.is_some() {
+            return Notice::Nothing;
+        }
+        if self.busy_until > now {
+            // It was planned before the thread was told to pause.
+            self.plan_turn();
+            return Notice::Nothing;
+        }
+        let events = std::mem::take(&mut self.inbox);
+        let sleep_ns = std::mem::take(&mut self.sleep_ns);
+        if sleep_ns > 0 {
+            self.asleep = Some((now, events));
+            self.agenda.after_ns(sleep_ns, Happening::LateTurn);
+            return Notice::Nothing;
+        }
+        self.take_turn(now, events);
+        Notice::Turn
+    }
+
+    /// `now` is what the engine's thread read on its clock after the last of these events.
+    fn take_turn(&mut self, now: Moment, mut events: Vec<Event>) {
+        self.counts.turns += 1;
+        let unheard = !self.inbox.is_empty();
         if self.random.percent(50) {
             self.random.shuffle(&mut events);
         }
@@ -345,7 +446,9 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             note_event(now, &event);
             self.engine.handle_event(now, event);
         }
-        self.inbox = events;
+        if !unheard {
+            self.inbox = events;
+        }
         self.engine.finish_turn(now);
         let mut effects = 0;
         while let Some(effect) = self.engine.poll_effect() {
@@ -353,13 +456,19 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             assert!(effects < EFFECTS_PER_TURN_MAX, "the engine never runs out of effects");
             self.start_effect(effect);
         }
-        self.busy_until = now.after_ns(self.random.range(500..=20_000));
+        self.busy_until = self.now().after_ns(self.random.range(500..=20_000));
+        if unheard {
+            self.plan_turn();
+        }
         if let Some(moment) = self.engine.poll_timeout() {
-            let moment = moment.max(self.busy_until);
-            if self.timeout_planned.is_none_or(|planned| moment < planned) {
-                self.timeout_planned = Some(moment);
-                self.agenda.at(moment, Happening::Timeout);
-            }
+            self.plan_timeout(moment.max(self.busy_until));
+        }
+    }
+
+    fn plan_timeout(&mut self, moment: Moment) {
+        if self.timeout_planned.is_none_or(|planned| moment < planned) {
+            self.timeout_planned = Some(moment);
+            self.agenda.at(moment, Happening::Timeout);
         }
     }
 
@@ -414,7 +523,10 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                 }
             }
             Effect::Send { connection } => self.start_send(connection),
-            Effect::Connect { node } => self.tell(Event::PeerUnreachable { node }),
+            Effect::Connect { node } => match &mut self.calls {
+                Some(calls) => calls.push(node),
+                None => self.tell(Event::PeerUnreachable { node }),
+            },
             Effect::Close { connection } => {
                 trace::note(now, "close connection", [connection.0.into(), 0, 0]);
                 self.open_connection(connection).pipe.start_close();

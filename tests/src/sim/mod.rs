@@ -9,13 +9,14 @@
 //! ```
 //!
 //! A seed decides everything. `berth` puts the real shard into this world; `canary` holds a small block server with bugs on request, which proves that the
-//! alarms ring.
+//! alarms ring. `cluster` joins several shards by a network and a record store.
 
 pub mod berth;
 pub mod bytes;
 pub mod canary;
 pub mod client;
 pub mod clock;
+pub mod cluster;
 pub mod disk;
 pub mod driver;
 pub mod memory;

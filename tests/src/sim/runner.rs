@@ -7,10 +7,9 @@ use std::panic::PanicHookInfo;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::scenario::Slant;
-use super::subject::Subject;
+use super::cluster::ClusterReport;
 use super::trace;
-use super::world::{Report, run_seed};
+use super::world::Report;
 
 /// Lines of the trace that are printed.
 const TRACE_LINES: usize = 60;
@@ -22,8 +21,6 @@ pub struct Options {
     pub first: u64,
     /// Number of seeds.
     pub count: u64,
-    /// How their worlds are bent.
-    pub slant: Slant,
     /// Threads.
     pub jobs: usize,
     /// Print everything that happens.
@@ -38,14 +35,53 @@ pub struct Options {
     pub subject_arguments: String,
 }
 
-/// Runs the seeds and returns the totals. Ends the process if one fails.
+/// What one seed did, or several.
+pub trait Totals: Default + Send {
+    /// Adds another seed's numbers.
+    fn add(&mut self, other: &Self);
+    /// Two runs of a seed must have the same one.
+    fn digest(&self) -> u64;
+    /// Requests that were answered.
+    fn answers(&self) -> u64;
+}
+
+impl Totals for Report {
+    fn add(&mut self, other: &Report) {
+        Report::add(self, other);
+    }
+
+    fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    fn answers(&self) -> u64 {
+        self.clients.answers
+    }
+}
+
+impl Totals for ClusterReport {
+    fn add(&mut self, other: &ClusterReport) {
+        ClusterReport::add(self, other);
+    }
+
+    fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    fn answers(&self) -> u64 {
+        self.clients.answers
+    }
+}
+
+/// Runs the seeds with `run_seed`, which is told whether to print everything, and returns the totals. Ends the process
+/// if one fails.
 ///
 /// # Panics
 /// When a thread does; the hook has ended the process by then.
-pub fn run<S: Subject>(options: &Options, make: impl Fn() -> S + Sync) -> Report {
+pub fn run<R: Totals>(options: &Options, run_seed: impl Fn(u64, bool) -> R + Sync) -> R {
     install_hook(options.clone());
     let next = AtomicU64::new(0);
-    let totals = Mutex::new(Report::default());
+    let totals = Mutex::new(R::default());
     std::thread::scope(|scope| {
         for _ in 0..options.jobs {
             scope.spawn(|| {
@@ -54,12 +90,12 @@ pub fn run<S: Subject>(options: &Options, make: impl Fn() -> S + Sync) -> Report
                     if offset >= options.count {
                         break;
                     }
-                    let report = run_one(options.first + offset, options, &make);
+                    let report = run_one(options.first + offset, options, &run_seed);
                     let mut totals = totals.lock().expect("no thread panics and goes on");
                     totals.add(&report);
                     let done = offset + 1;
                     if done.is_multiple_of(500) && !options.expect_failure {
-                        println!("{done} seeds, {} requests", totals.clients.answers);
+                        println!("{done} seeds, {} requests", totals.answers());
                     }
                 }
             });
@@ -68,12 +104,13 @@ pub fn run<S: Subject>(options: &Options, make: impl Fn() -> S + Sync) -> Report
     totals.into_inner().expect("no thread panics and goes on")
 }
 
-fn run_one<S: Subject>(seed: u64, options: &Options, make: impl Fn() -> S) -> Report {
-    let report = run_seed(seed, options.slant, &mut make(), options.verbose);
+fn run_one<R: Totals>(seed: u64, options: &Options, run_seed: impl Fn(u64, bool) -> R) -> R {
+    let report = run_seed(seed, options.verbose);
     if options.twice {
-        let again = run_seed(seed, options.slant, &mut make(), false);
+        let again = run_seed(seed, false);
         assert_eq!(
-            report.digest, again.digest,
+            report.digest(),
+            again.digest(),
             "two runs of one seed differ: something reads the outer world"
         );
     }
@@ -144,5 +181,32 @@ pub fn summary(report: &Report) -> String {
         report.virtual_ns / 1_000_000_000,
         report.subject.inputs_parked,
         report.subject.connections_put_out,
+    )
+}
+
+/// The same for clusters.
+#[must_use]
+pub fn cluster_summary(report: &ClusterReport) -> String {
+    format!(
+        "{} requests, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
+         {} failovers, {} epochs, {} removals, {} record changes, {} commits, {} messages\n\
+         {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas",
+        report.clients.answers,
+        report.clients.written_bytes >> 20,
+        report.clients.read_bytes >> 20,
+        report.virtual_ns / 1_000_000_000,
+        report.turns,
+        report.failovers,
+        report.epochs,
+        report.removals,
+        report.record_changes,
+        report.commits,
+        report.messages,
+        report.kills,
+        report.power_cuts,
+        report.blackouts,
+        report.network_faults,
+        report.pauses,
+        report.comparisons,
     )
 }

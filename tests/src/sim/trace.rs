@@ -12,6 +12,8 @@ const ENTRIES_MAX: usize = 4096;
 /// Something that happened, with up to three numbers that describe it.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
+    /// Where, if there are several places.
+    place: Option<usize>,
     now: Moment,
     label: &'static str,
     numbers: [u64; 3],
@@ -24,6 +26,7 @@ struct Trace {
     next: usize,
     digest: u64,
     verbose: bool,
+    place: Option<usize>,
 }
 
 thread_local! {
@@ -35,10 +38,15 @@ pub fn begin(seed: u64, verbose: bool) {
     TRACE.with_borrow_mut(|trace| *trace = Trace { seed, verbose, ..Trace::default() });
 }
 
+/// What follows happens at this node; nothing if it is outside of all.
+pub fn set_place(place: Option<usize>) {
+    TRACE.with_borrow_mut(|trace| trace.place = place);
+}
+
 /// Notes that something happened. The label says what the numbers are.
 pub fn note(now: Moment, label: &'static str, numbers: [u64; 3]) {
     TRACE.with_borrow_mut(|trace| {
-        let entry = Entry { now, label, numbers };
+        let entry = Entry { place: trace.place, now, label, numbers };
         for number in [now.0, label.len() as u64].into_iter().chain(numbers) {
             trace.digest =
                 trace.digest.rotate_left(5).wrapping_add(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -74,7 +82,8 @@ pub fn digest() -> u64 {
 
 fn line(entry: &Entry) -> String {
     let [a, b, c] = entry.numbers;
-    format!("{:?} {}: {a} {b} {c}", entry.now, entry.label)
+    let place = entry.place.map_or_else(String::new, |place| format!("n{place} "));
+    format!("{place}{:?} {}: {a} {b} {c}", entry.now, entry.label)
 }
 
 #[cfg(test)]

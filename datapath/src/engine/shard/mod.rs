@@ -32,8 +32,8 @@ use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane, PoolS
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 use connection::Connection;
-pub use replication::NodeConfig;
 use replication::Replication;
+pub use replication::{NodeConfig, ReplicaState};
 use share::{Hunger, PAGES_KEPT};
 use std::collections::VecDeque;
 use task::{Piece, Task};
@@ -69,6 +69,9 @@ struct Served {
     connections: u32,
     /// Its replica, if it is replicated.
     replica: Option<usize>,
+    /// How often this node has ceased to lead it. What was asked of an earlier head is not done by a later one: what it
+    /// had read of the volume may have been overwritten elsewhere meanwhile.
+    terms: u64,
 }
 
 /// See the module's text.
@@ -166,6 +169,7 @@ impl<M: Memory> Shard<M> {
                         requests_under_way: 0,
                         connections: 0,
                         replica: None,
+                        terms: 0,
                     });
                 }
                 lanes.push(ShardLane { lane, pool: spaces.len(), device: pool.device, write_pages: 0 });

@@ -51,11 +51,14 @@ impl<M: Memory> Shard<M> {
         let leaf = u32::try_from(start / leaf_bytes).expect("leaves fit 32 bits");
         let last = u32::try_from(whole_end.div_ceil(leaf_bytes)).expect("leaves fit 32 bits");
         let lane = &self.lanes[self.lane_of(task)].lane;
-        match lane.map().table(self.volume_of(task)).next_present(leaf, last) {
-            Some(present) if present == leaf => (whole_end.min((u64::from(leaf) + 1) * leaf_bytes), true),
-            Some(present) => (whole_end.min(u64::from(present) * leaf_bytes), false),
-            None => (whole_end, false),
-        }
+        let one_leaf = whole_end.min((u64::from(leaf) + 1) * leaf_bytes);
+        let stop = match lane.map().table(self.volume_of(task)).next_present(leaf, last) {
+            Some(present) if present == leaf => return (one_leaf, true),
+            Some(present) => whole_end.min(u64::from(present) * leaf_bytes),
+            None => whole_end,
+        };
+        // Somebody else may have written there since this node was the head.
+        if self.is_known_now(task, start, stop) { (stop, false) } else { (one_leaf, true) }
     }
 
     fn begin_release(&mut self, task: u32, start: u64, stop: u64) {

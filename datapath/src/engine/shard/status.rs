@@ -43,7 +43,8 @@ impl<M: Memory> Shard<M> {
         let present = self.lanes[lane].lane.map().table(volume).next_present(leaf, last);
         if present != Some(leaf) {
             let stop = present.map_or(end, |present| u64::from(present) * LEAF_BYTES);
-            self.add_extent(task, stop.min(end) - start, true);
+            let stop = stop.min(end);
+            self.add_extent(task, stop - start, self.is_known_now(task, start, stop));
             return true;
         }
         let piece = self.begin_piece(task, PieceKind::Plain);
@@ -51,15 +52,17 @@ impl<M: Memory> Shard<M> {
         let Some(frame) = here else { return false };
         self.end_piece(piece);
         let stop = end.min((u64::from(leaf) + 1) * LEAF_BYTES);
+        // A hole is a promise that it reads as zeroes; data promises nothing.
+        let is_known = self.is_known_now(task, start, stop);
         let Some(frame) = frame else {
-            self.add_extent(task, stop - start, true);
+            self.add_extent(task, stop - start, is_known);
             return true;
         };
         let mut at = start;
         while at < stop {
             let block = u32::try_from(at / BLOCK_BYTES_U64 % u64::from(LEAF_BLOCKS)).expect("below a leaf");
             let next = stop.min((at / BLOCK_BYTES_U64 + 1) * BLOCK_BYTES_U64);
-            let hole = self.lanes[lane].lane.mapping(frame, block).place == Place::NONE;
+            let hole = self.lanes[lane].lane.mapping(frame, block).place == Place::NONE && is_known;
             self.add_extent(task, next - at, hole);
             at = next;
         }

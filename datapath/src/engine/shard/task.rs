@@ -21,6 +21,8 @@ pub(super) struct Task {
     pub(super) generation: u64,
     pub(super) request: Request,
     pub(super) export: u32,
+    /// The head's term in which it was asked.
+    pub(super) term: u64,
     started: Moment,
     /// How far pieces were begun, in bytes from the request's offset.
     pub(super) begun_bytes: u64,
@@ -77,6 +79,7 @@ impl<M: Memory> Shard<M> {
             generation,
             request,
             export,
+            term: self.served[export as usize].terms,
             started: self.now,
             begun_bytes: 0,
             pieces: 0,

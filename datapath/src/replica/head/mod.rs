@@ -24,6 +24,7 @@ mod peers;
 mod serve;
 mod view;
 
+use super::bugs::{Bugs, PlantedBug};
 use crate::record::{NodeId, Record, Stamp};
 use crate::units::Moment;
 use crate::wire::peer_message::ChangeHeader;
@@ -186,13 +187,26 @@ pub struct Head {
     /// Nodes with a replica to which there is a connection.
     reachable: Vec<NodeId>,
     effects: VecDeque<HeadEffect>,
+    bugs: Bugs,
 }
 
 impl Head {
     /// The head that this node could be.
     #[must_use]
     pub fn new(node: NodeId, record: Record) -> Head {
-        Head { node, record, role: Role::Idle, reachable: Vec::new(), effects: VecDeque::new() }
+        Head {
+            node,
+            record,
+            role: Role::Idle,
+            reachable: Vec::new(),
+            effects: VecDeque::new(),
+            bugs: Bugs::none(),
+        }
+    }
+
+    /// Plants a mistake.
+    pub fn plant(&mut self, bugs: Bugs) {
+        self.bugs = bugs;
     }
 
     /// The newest record that was read.
@@ -207,6 +221,12 @@ impl Head {
         !matches!(self.role, Role::Idle)
     }
 
+    /// Has this node's epoch started, so that it is the head until a later one opens?
+    #[must_use]
+    pub fn has_started(&self) -> bool {
+        self.lead().is_some_and(|lead| matches!(lead.stage, Stage::Waiting { .. } | Stage::Serving))
+    }
+
     /// May changes be submitted?
     #[must_use]
     pub fn is_serving(&self) -> bool {
@@ -217,7 +237,7 @@ impl Head {
     #[must_use]
     pub fn may_read(&self, now: Moment) -> bool {
         let Role::Lead(lead) = &self.role else { return false };
-        lead.stage == Stage::Serving && lead.peers.all_leased(&lead.needed(&self.record), now)
+        lead.stage == Stage::Serving && lead.peers.all_leased(&lead.needed(&self.record, self.bugs), now)
     }
 
     /// The last sequence that was numbered, if the volume is served here.
@@ -280,7 +300,10 @@ impl Head {
 impl Lead {
     /// Whose acknowledgements and leases count: everybody in the record, and while a change of it is open, everybody in
     /// that too.
-    fn needed(&self, record: &Record) -> Vec<NodeId> {
+    fn needed(&self, record: &Record, bugs: Bugs) -> Vec<NodeId> {
+        if let Some((open, _)) = self.open.as_ref().filter(|_| bugs.has(PlantedBug::AckBeforeRemoval)) {
+            return open.in_sync.clone();
+        }
         let mut needed = record.in_sync.clone();
         if let Some((open, _)) = &self.open {
             needed.extend(open.in_sync.iter().filter(|node| !record.is_in_sync(**node)));

@@ -148,7 +148,7 @@ impl Head {
                 following.map(|peer| peer.node).collect()
             }
             _ => {
-                let mut needed = lead.needed(&self.record);
+                let mut needed = lead.needed(&self.record, self.bugs);
                 needed.extend(lead.fills.awaited());
                 needed
             }

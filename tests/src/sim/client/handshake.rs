@@ -12,6 +12,7 @@ const REPLY_ACK: u32 = 1;
 const REPLY_SERVER: u32 = 2;
 const REPLY_INFO: u32 = 3;
 const REPLY_META_CONTEXT: u32 = 4;
+const ERROR_POLICY: u32 = 0x8000_0002;
 const ERROR_UNSUPPORTED: u32 = ERROR_BIT | 1;
 const ERROR_UNKNOWN_EXPORT: u32 = ERROR_BIT | 6;
 const CONTEXT: &str = "base:allocation";
@@ -98,6 +99,10 @@ impl Client {
                 self.finish_step();
             }
             (_, REPLY_ACK) => self.handle_ack(step),
+            (Step::Go, ERROR_POLICY) if self.plan.elsewhere => {
+                self.turned_away = true;
+                self.phase = Phase::Gone;
+            }
             // These are optional features; nothing else may be refused.
             (Step::Structured | Step::Extended | Step::Context | Step::List, ERROR_UNSUPPORTED) => {
                 self.finish_step()

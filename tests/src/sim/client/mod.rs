@@ -65,6 +65,8 @@ pub struct ClientPlan {
     pub curious: bool,
     /// Requests in flight at once.
     pub depth: usize,
+    /// Another node may be where the volume is to be had.
+    pub elsewhere: bool,
 }
 
 impl ClientPlan {
@@ -80,6 +82,7 @@ impl ClientPlan {
             export_name: random.percent(15),
             curious: random.percent(20),
             depth: to_usize(random.skewed(1..=48)),
+            elsewhere: false,
         }
     }
 }
@@ -164,6 +167,7 @@ pub struct Client {
     next_cookie: u64,
     output: Vec<u8>,
     spare: Vec<Vec<u8>>,
+    turned_away: bool,
     disconnecting: bool,
     /// What was done so far.
     pub counts: ClientCounts,
@@ -189,6 +193,7 @@ impl Client {
             output: Vec::new(),
             spare: Vec::new(),
             disconnecting: false,
+            turned_away: false,
             counts: ClientCounts::default(),
         }
     }
@@ -285,6 +290,12 @@ impl Client {
         assert!(self.is_ready(), "only a client in transmission says good-bye");
         self.write_header(COMMAND_DISC, 0, self.next_cookie, 0, 0);
         self.disconnecting = true;
+    }
+
+    /// Was it told that another node leads the volume?
+    #[must_use]
+    pub fn is_turned_away(&self) -> bool {
+        self.turned_away
     }
 
     /// The connection is gone: what was asked will never be answered.

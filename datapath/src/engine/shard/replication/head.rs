@@ -8,6 +8,7 @@ use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::{ChangeKind, NodeId, VolumeNumber};
+use crate::replica::bugs::PlantedBug;
 use crate::replica::head::HeadEffect;
 use crate::request::RequestError;
 use crate::store::lane::{Completion, HoleMap};
@@ -25,8 +26,10 @@ impl<M: Memory> Shard<M> {
         memory: Option<MemoryRange>,
     ) {
         let now = self.now;
-        let replica = &mut self.replication.replicas[index];
-        let Ok(stamp) = replica.head.submit(now, piece, kind, block, count) else {
+        let timely = self.is_of_this_term(self.pieces.get(piece).task);
+        let head = &mut self.replication.replicas[index].head;
+        let submitted = timely.then(|| head.submit(now, piece, kind, block, count));
+        let Some(Ok(stamp)) = submitted else {
             if let Some(memory) = memory {
                 self.pages.release(memory);
             }
@@ -48,7 +51,7 @@ impl<M: Memory> Shard<M> {
     }
 
     /// Ends a piece, but not within the call that began it.
-    fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
+    pub(super) fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
         self.progress = true;
         self.ended_pieces.push_back(Completion { cookie: piece, result, holes: HoleMap::default() });
     }
@@ -168,7 +171,11 @@ impl<M: Memory> Shard<M> {
             PeerMessage::Ack { epoch, through } => head.acked(now, member, epoch, through),
             PeerMessage::Gap { epoch, last } => head.gap(now, member, epoch, last),
             PeerMessage::FetchGone { epoch, .. } => head.fetch_gone(now, member, epoch),
-            PeerMessage::Leased { epoch, asked_ns } => head.leased(now, member, epoch, Moment(asked_ns)),
+            PeerMessage::Leased { epoch, asked_ns } => {
+                let late = self.replication.bugs.has(PlantedBug::LeaseFromReceipt);
+                let asked = if late { now } else { Moment(asked_ns) };
+                self.replication.replicas[index].head.leased(now, member, epoch, asked);
+            }
             PeerMessage::Filling { epoch, fill } => head.filling(now, member, epoch, fill),
             PeerMessage::Copied { epoch, fill, copies } => head.copied(now, member, epoch, fill, copies),
             PeerMessage::Complete { epoch, fill } => head.complete(now, member, epoch, fill),
@@ -228,6 +235,7 @@ impl<M: Memory> Shard<M> {
     /// not answered but disconnected, so that they ask the next head.
     fn lead_ended(&mut self, index: usize) {
         let served = self.replication.replicas[index].served;
+        self.served[served].terms += 1;
         for id in self.connections_of(served) {
             self.close(id);
         }
@@ -251,13 +259,14 @@ impl<M: Memory> Shard<M> {
         (0..crate::limits::CONNECTIONS_MAX).map(ConnectionId).filter(chosen).collect()
     }
 
-    /// A client has chosen the volume and nobody leads it here: this node becomes the head.
+    /// A client has chosen the volume and nobody leads it here: this node becomes the head. Where it cannot, its clients
+    /// are not kept waiting.
     pub(super) fn take_over_if_asked(&mut self, index: usize) {
         let replica = &self.replication.replicas[index];
         if replica.head.is_active() || self.draining || self.served[replica.served].connections == 0 {
             return;
         }
-        if replica.refusal(self.replication.node(), self.now).is_some() {
+        if replica.refusal(self.replication.config(), self.now).is_some() {
             // Its clients came before that was known: they look for another node.
             let served = replica.served;
             for id in self.connections_of(served) {

@@ -10,6 +10,7 @@
 use super::super::Shard;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, ReceiveBuffer};
+use crate::limits::HANDSHAKE_DEADLINE_MS;
 use crate::memory::Memory;
 use crate::record::{NodeId, VolumeNumber};
 use crate::units::{BLOCK_BYTES, MemoryRange};
@@ -84,7 +85,22 @@ impl<M: Memory> Shard<M> {
             closing: false,
             output: Output::new(memory),
         }));
+        let due = (self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.replication.links_opened);
+        self.replication.greetings_due.push_back(due);
         true
+    }
+
+    /// Whoever connects and does not say who it is keeps a place from others.
+    pub(super) fn expire_greetings(&mut self) {
+        while let Some((moment, id, generation)) = self.replication.greetings_due.front().copied() {
+            if moment > self.now {
+                return;
+            }
+            self.replication.greetings_due.pop_front();
+            if self.is_same_link(id, generation) && !self.link(id).greeted {
+                self.close_link(id);
+            }
+        }
     }
 
     pub(super) fn link(&mut self, id: ConnectionId) -> &mut Link {
@@ -117,6 +133,7 @@ impl<M: Memory> Shard<M> {
         link.greeted = true;
         link.node = Some(hello.node);
         if !outgoing {
+            self.close_older_links(id, hello.node);
             return self.greet(id);
         }
         if self.replication.dials.greeted(hello.node, id) {
@@ -124,6 +141,20 @@ impl<M: Memory> Shard<M> {
             for index in 0..self.replication.replicas.len() {
                 self.replication.replicas[index].head.member_up(now, hello.node);
                 self.settle_head(index);
+            }
+        }
+    }
+
+    /// A node that calls again has given up its earlier connection, or was started anew. What is still on its way on that
+    /// one must not come between what it sends now.
+    fn close_older_links(&mut self, newest: ConnectionId, node: NodeId) {
+        for index in 0..self.replication.links.len() {
+            let id = ConnectionId(u32::try_from(index).expect("bounded by limits"));
+            let is_older = self
+                .living_link(id)
+                .is_some_and(|link| !link.outgoing && link.node == Some(node) && id != newest);
+            if is_older {
+                self.close_link(id);
             }
         }
     }

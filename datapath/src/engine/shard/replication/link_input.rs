@@ -106,7 +106,8 @@ impl<M: Memory> Shard<M> {
     /// Gathers header and body. True when the message was complete.
     fn take_message(&mut self, id: ConnectionId) -> bool {
         let mut message = std::mem::take(&mut self.link(id).message);
-        let mut wanted = Some(PEER_HEADER_BYTES);
+        // The header may have come before, and only the body be missing.
+        let mut wanted = whole_length(&message);
         while let Some(length) = wanted.filter(|length| message.len() < *length) {
             let missing = u32::try_from(length - message.len()).expect("bounded by the limits of messages");
             let taken = self.take_input(id, missing, |memory, part| message.extend(memory.bytes(part)));

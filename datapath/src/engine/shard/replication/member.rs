@@ -6,6 +6,7 @@ use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::VolumeNumber;
+use crate::replica::bugs::PlantedBug;
 use crate::replica::member::{Member, Step};
 use crate::store::lane::{BlockRange, FetchOutcome, Fetched, OwnedPayload, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
@@ -23,9 +24,10 @@ impl<M: Memory> Shard<M> {
         if !lane.is_open() || lane.has_failed() || !lane.is_lasting(volume) {
             return;
         }
-        let member =
+        let mut member =
             Member::new(self.now, lane.promised(volume), lane.last_stamp(volume), lane.is_filling(volume));
         let (now, node) = (self.now, self.replication.node());
+        member.plant(now, self.replication.bugs);
         let replica = &mut self.replication.replicas[index];
         replica.member = Some(member);
         replica.head.member_up(now, node);
@@ -72,6 +74,10 @@ impl<M: Memory> Shard<M> {
         let theirs = if asker == Leader::ThisNode { None } else { memory };
         let Some(member) = &mut replica.member else { return self.drop_payload_of_peer(theirs) };
         let before = member.epoch();
+        if asker != replica.leader && epoch_of_order(message) == Some(before) {
+            // It went on its way before the head called again, and what it asks for has been asked for since.
+            return self.drop_payload_of_peer(theirs);
+        }
         let step = member.handle(now, message);
         if matches!(message, PeerMessage::Promise { epoch } if epoch >= before) {
             replica.leader = asker;
@@ -124,6 +130,9 @@ impl<M: Memory> Shard<M> {
     }
 
     fn store_promise(&mut self, index: usize, epoch: u32) {
+        if self.replication.bugs.has(PlantedBug::PromiseInMemory) {
+            return self.finish_promise(index, epoch, true);
+        }
         let cookie = self.begin_work(Work::Promise { replica: index, epoch });
         let served = &self.served[self.replication.replicas[index].served];
         let volume = served.volume;
@@ -260,5 +269,15 @@ impl<M: Memory> Shard<M> {
         // From now on its users hold it.
         self.replication.peer_pages -= memory.len / BLOCK_BYTES;
         self.send_payload(id, PeerFrame { volume, message }, checksums, memory);
+    }
+}
+
+/// The epoch of what only the head may ask for whose promise the member gave.
+fn epoch_of_order(message: PeerMessage) -> Option<u32> {
+    match message {
+        PeerMessage::Change { epoch, .. }
+        | PeerMessage::Fetch { epoch, .. }
+        | PeerMessage::Lease { epoch, .. } => Some(epoch),
+        _ => None,
     }
 }

@@ -23,6 +23,7 @@ use crate::engine::region_locks::RegionLocks;
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
+use crate::replica::bugs::Bugs;
 use crate::replica::head::Head;
 use crate::replica::member::Member;
 use crate::request::ExportIndex;
@@ -49,6 +50,22 @@ pub struct NodeConfig {
     pub node: NodeId,
     /// Random at each start of the process.
     pub boot: u64,
+    /// A client makes this node the head even while another one may live: for operators who know better, and to have
+    /// heads fight in simulations.
+    pub steals: bool,
+}
+
+/// How a replica stands, for checks.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplicaState<'a> {
+    /// The newest record that was read.
+    pub record: &'a Record,
+    /// Its epoch is this node's, and has started.
+    pub leads: bool,
+    /// If it leads: changes up to here are committed.
+    pub committed: u64,
+    /// Changes up to here are on this node's stable media; nothing while the member cannot work.
+    pub durable: Option<u64>,
 }
 
 /// Who asked a member for its promise, and hears its acknowledgements.
@@ -95,6 +112,7 @@ enum Work {
 #[derive(Debug)]
 pub(super) struct Replication {
     node: Option<NodeConfig>,
+    bugs: Bugs,
     /// Makes the names of heads' sessions.
     random: u64,
     replicas: Vec<Replica>,
@@ -103,6 +121,8 @@ pub(super) struct Replication {
     links: Vec<Option<Box<Link>>>,
     /// Counts links, so that one is not taken for an earlier one of the same number.
     links_opened: u64,
+    /// When links must have been greeted, in order.
+    greetings_due: VecDeque<(Moment, ConnectionId, u64)>,
     /// Links whose next payload waits for memory.
     hungry_links: VecDeque<ConnectionId>,
     dials: Dials,
@@ -118,12 +138,14 @@ impl Replication {
     pub(super) fn new(node: Option<NodeConfig>, free_pages: u32, memory_bytes: u32) -> Replication {
         Replication {
             node,
+            bugs: Bugs::none(),
             random: node.map_or(0, |node| node.boot),
             replicas: Vec::new(),
             works: Slab::default(),
             proposals: VecDeque::new(),
             links: if node.is_some() { (0..CONNECTIONS_MAX).map(|_| None).collect() } else { Vec::new() },
             links_opened: 0,
+            greetings_due: VecDeque::new(),
             hungry_links: VecDeque::new(),
             dials: Dials::default(),
             users: Users::new(if node.is_some() { memory_bytes } else { 0 }),
@@ -150,8 +172,12 @@ impl Replication {
         self.replicas.iter().position(|replica| replica.volume == volume)
     }
 
+    fn config(&self) -> NodeConfig {
+        self.node.expect("only nodes have replicas")
+    }
+
     fn node(&self) -> NodeId {
-        self.node.expect("only nodes have replicas").node
+        self.config().node
     }
 
     /// SplitMix64 (Steele, Lea, Flood, 2014).
@@ -165,16 +191,21 @@ impl Replication {
     /// When a head or a dial wants its turn.
     pub(super) fn poll_timeout(&self) -> Option<Moment> {
         let heads = self.replicas.iter().filter_map(|replica| replica.head.poll_timeout());
-        heads.chain(self.dials.poll_timeout()).min()
+        let greeting = self.greetings_due.front().map(|(moment, ..)| *moment);
+        heads.chain(self.dials.poll_timeout()).chain(greeting).min()
     }
 }
 
 impl Replica {
     /// Why clients cannot have the volume at this node now, if so.
-    fn refusal(&self, node: NodeId, now: Moment) -> Option<String> {
+    fn refusal(&self, config: NodeConfig, now: Moment) -> Option<String> {
+        let node = config.node;
         let record = self.head.record();
         if self.head.is_active() {
             return None;
+        }
+        if self.failed {
+            return Some(format!("the replica of {} here has failed; connect to another node", record.name));
         }
         if !record.is_in_sync(node) {
             let others: Vec<String> = record.in_sync.iter().map(|node| node.0.to_string()).collect();
@@ -186,7 +217,7 @@ impl Replica {
         }
         let head = record.head.filter(|head| head.node != node)?;
         let may_live = self.member.as_ref().is_none_or(|member| member.has_granted(now));
-        may_live.then(|| {
+        (may_live && !config.steals).then(|| {
             format!(
                 "node number {} leads {}: connect there; if it is dead, try again in 3 seconds",
                 head.node.0, record.name
@@ -196,6 +227,21 @@ impl Replica {
 }
 
 impl<M: Memory> Shard<M> {
+    /// Plants a mistake in the replication of a shard that has just been made.
+    pub fn plant(&mut self, bugs: Bugs) {
+        self.replication.bugs = bugs;
+    }
+
+    /// The replicas, for checks.
+    pub fn replicas(&self) -> impl Iterator<Item = ReplicaState<'_>> {
+        self.replication.replicas.iter().map(|replica| ReplicaState {
+            record: replica.head.record(),
+            leads: replica.head.has_started(),
+            committed: replica.head.committed(),
+            durable: replica.member.as_ref().map(Member::durable),
+        })
+    }
+
     /// News of a volume.
     pub(super) fn handle_record(&mut self, record: Record) {
         let node = self.replication.node();
@@ -208,8 +254,21 @@ impl<M: Memory> Shard<M> {
         let Replication { replicas, dials, .. } = &mut self.replication;
         let Replica { head, member, .. } = &mut replicas[index];
         let member_ready = member.is_some();
+        let before = if head.is_active() { head.record().in_sync.clone() } else { Vec::new() };
         head.handle_record(now, &record, |to| if to == node { member_ready } else { dials.is_up(to) });
+        if head.is_active() && !head.record().is_in_sync(node) {
+            // The head reads from this node's replica, which is not kept up to date any more.
+            head.resign();
+        }
+        let left: Vec<NodeId> =
+            before.into_iter().filter(|member| !head.record().is_in_sync(*member)).collect();
         self.settle_head(index);
+        // What waits to be sent to members that were left out holds memory, for as long as their links stand still.
+        for member in left {
+            if let Some(link) = self.replication.dials.up(member) {
+                self.close_link(link);
+            }
+        }
     }
 
     /// The node has, or is to have, a replica of the volume.
@@ -248,13 +307,16 @@ impl<M: Memory> Shard<M> {
             requests_under_way: 0,
             connections: 0,
             replica: Some(index),
+            terms: 0,
         });
         // The head's version is of the time before the record was read, so that it takes note of this one.
         let unread = Record { version: 0, ..record.clone() };
+        let mut head = Head::new(self.replication.node(), unread);
+        head.plant(self.replication.bugs);
         self.replication.replicas.push(Replica {
             volume: record.volume,
             served,
-            head: Head::new(self.replication.node(), unread),
+            head,
             member: None,
             // A replica of another lineage has nothing in common with this volume.
             failed: !own_lineage,
@@ -272,6 +334,7 @@ impl<M: Memory> Shard<M> {
             return;
         }
         self.feed_hungry_links();
+        self.expire_greetings();
         for index in 0..self.replication.replicas.len() {
             self.start_member(index);
             self.start_copy(index);
@@ -351,8 +414,14 @@ impl<M: Memory> Shard<M> {
     pub(super) fn refresh_refusals(&mut self) {
         for replica in &self.replication.replicas {
             let export = ExportIndex(u32::try_from(replica.served).expect("exports fit 32 bits"));
-            self.exports.set_refusal(export, replica.refusal(self.replication.node(), self.now));
+            self.exports.set_refusal(export, replica.refusal(self.replication.config(), self.now));
         }
+    }
+
+    /// Was the task's request made to the head that is here now?
+    fn is_of_this_term(&self, task: u32) -> bool {
+        let task = self.tasks.get(task);
+        task.term == self.served[task.export as usize].terms
     }
 
     /// For failing tests.

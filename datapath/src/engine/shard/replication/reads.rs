@@ -7,8 +7,11 @@ use super::super::Shard;
 use super::super::read::blocks_of;
 use super::super::task::PieceKind;
 use crate::memory::Memory;
+use crate::replica::bugs::PlantedBug;
 use crate::request::RequestError;
 use crate::store::lane::Completion;
+use crate::units::BLOCK_BYTES_U64;
+use crate::wire::peer_message::ChangeHeader;
 
 /// A read that waits, and the last change that it may have seen.
 #[derive(Debug)]
@@ -25,16 +28,34 @@ impl<M: Memory> Shard<M> {
         let (Some(replica), PieceKind::Read(read)) = (self.served[served].replica, piece.kind) else {
             return false;
         };
+        if !self.is_of_this_term(piece.task) {
+            // There may be no head here any more that could say when to answer.
+            self.finish_later(completion.cookie, Err(RequestError::ShuttingDown));
+            return true;
+        }
         let head = &self.replication.replicas[replica].head;
         let (block, count) = blocks_of(read.offset_bytes, read.length_bytes);
         let overlaps = |first: u32, length: u32| first < block + count && block < first + length;
         let overlapping = head.pending().filter(|change| overlaps(change.block, change.count));
         let until = overlapping.last().map_or(0, |change| change.stamp.sequence);
+        let until = if self.replication.bugs.has(PlantedBug::ReadBeforeCommit) { 0 } else { until };
         if completion.result.is_err() || head.committed() >= until && head.may_read(self.now) {
             return false;
         }
         self.replication.replicas[replica].held.push(HeldRead { completion: *completion, until });
         true
+    }
+
+    /// Is what the lane says of these blocks what the volume holds now? Where it is not known, nothing may be told or
+    /// left undone because of it.
+    pub(in crate::engine::shard) fn is_known_now(&self, task: u32, start_bytes: u64, end_bytes: u64) -> bool {
+        let Some(replica) = self.served[self.tasks.get(task).export as usize].replica else { return true };
+        let head = &self.replication.replicas[replica].head;
+        let overlaps = |change: &ChangeHeader| {
+            let first = u64::from(change.block) * BLOCK_BYTES_U64;
+            first < end_bytes && start_bytes < first + u64::from(change.count) * BLOCK_BYTES_U64
+        };
+        self.is_of_this_term(task) && head.may_read(self.now) && !head.pending().any(overlaps)
     }
 
     /// Looks at held reads again.

@@ -1,0 +1,68 @@
+//! Planted bugs of replication: mistakes that the simulator must find, to prove that its alarms ring.
+//!
+//! They exist only with the feature `planted-bugs`, which the program is never built with; without it
+//! [`Bugs::has`] is a constant and the branches are gone.
+
+/// A mistake that can be planted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlantedBug {
+    /// Once the removal of a member is proposed, changes are acknowledged without it.
+    AckBeforeRemoval,
+    /// A head counts its leases from when it received them, not from when it asked.
+    LeaseFromReceipt,
+    /// A member that starts assumes that it granted no lease.
+    LeaseForgotten,
+    /// A promise is not brought to stable media.
+    PromiseInMemory,
+    /// A read shows what is not committed.
+    ReadBeforeCommit,
+}
+
+impl PlantedBug {
+    /// All of them, with the names that the simulator's command line uses.
+    pub const ALL: [(PlantedBug, &'static str); 5] = [
+        (PlantedBug::AckBeforeRemoval, "ack-before-removal"),
+        (PlantedBug::LeaseFromReceipt, "lease-from-receipt"),
+        (PlantedBug::LeaseForgotten, "lease-forgotten"),
+        (PlantedBug::PromiseInMemory, "promise-in-memory"),
+        (PlantedBug::ReadBeforeCommit, "read-before-commit"),
+    ];
+}
+
+/// Which bug is planted, if any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bugs {
+    #[cfg(feature = "planted-bugs")]
+    planted: Option<PlantedBug>,
+}
+
+impl Bugs {
+    /// None.
+    #[must_use]
+    pub const fn none() -> Bugs {
+        Bugs {
+            #[cfg(feature = "planted-bugs")]
+            planted: None,
+        }
+    }
+
+    /// Plants one.
+    #[cfg(feature = "planted-bugs")]
+    #[must_use]
+    pub fn planted(bug: PlantedBug) -> Bugs {
+        Bugs { planted: Some(bug) }
+    }
+
+    /// Is this one planted?
+    #[must_use]
+    #[inline]
+    pub fn has(self, bug: PlantedBug) -> bool {
+        #[cfg(feature = "planted-bugs")]
+        return self.planted == Some(bug);
+        #[cfg(not(feature = "planted-bugs"))]
+        {
+            let _ = bug;
+            false
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! What goes wrong, when, and for how long.
+
+use super::links::Blocks;
+use super::{ClusterOptions, Happening, MILLISECOND_NS, SECOND_NS, Stage, World};
+use crate::sim::random::Random;
+use crate::sim::trace;
+use crate::sim::workload::Pattern;
+use datapath::units::Moment;
+
+/// Which kinds of trouble a seed has. Each is absent in many seeds, so that none hides behind another.
+#[derive(Clone, Debug)]
+pub(super) struct Swarm {
+    pub(super) faults: u64,
+    /// The kinds of faults, as often as they are likely.
+    kinds: Vec<Kind>,
+    pub(super) clients: u64,
+    pub(super) pattern: Pattern,
+    /// Answers from one fault to the next, at most.
+    answers_max: u64,
+    /// The same for time.
+    calm_ns_max: u64,
+    /// How long a node stays down.
+    down_ns_max: u64,
+    /// How long network, store and clocks stay as they should not be.
+    fault_ns_max: u64,
+    pub(super) break_ns_max: u64,
+    pub(super) network_delay_ns_max: u64,
+    pub(super) store_delay_ns_max: u64,
+    /// Percentage of messages to and from the record store that are lost.
+    pub(super) store_losses: u64,
+    /// Percentage of connections that a client makes to another node than the others of its volume.
+    pub(super) strays: u64,
+    /// Percentage of ended connections after which clients go to another node.
+    pub(super) moves_after_end: u64,
+    pub(super) patience_ns_max: u64,
+    pub(super) think_ns_max: u64,
+    /// Chances per million occasions.
+    pub(super) disconnects: u64,
+    pub(super) idle_pauses: u64,
+    pub(super) tear_bytes: usize,
+    pub(super) disk_delay_ns_max: u64,
+    /// All nodes lose power at the end, once more.
+    pub(super) dark_end: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Kill,
+    PowerCut,
+    PowerCutSeveral,
+    PowerCutAll,
+    CutLink,
+    Isolate,
+    BlockWay,
+    StoreAway,
+    Pause,
+    SlowDisk,
+    Move,
+}
+
+/// What ends by itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Fault {
+    Block { from: usize, to: usize },
+    StoreAway,
+    SlowDisk { node: usize, boot: u64 },
+}
+
+impl Swarm {
+    pub(super) fn draw(random: &mut Random, options: ClusterOptions) -> Swarm {
+        let kinds = [
+            (Kind::Kill, 3),
+            (Kind::PowerCut, 3),
+            (Kind::PowerCutSeveral, 1),
+            (Kind::PowerCutAll, 1),
+            (Kind::CutLink, 3),
+            (Kind::Isolate, 2),
+            (Kind::BlockWay, 2),
+            (Kind::StoreAway, 1),
+            (Kind::Pause, 3),
+            (Kind::SlowDisk, 1),
+            (Kind::Move, 2),
+        ];
+        let mut likely = Vec::new();
+        for (kind, often) in kinds {
+            if random.percent(55) && !options.peace {
+                likely.extend(std::iter::repeat_n(kind, often));
+            }
+        }
+        if likely.is_empty() {
+            likely.push(Kind::Move);
+        }
+        let some =
+            |random: &mut Random, percent: u64, value: u64| if random.percent(percent) { value } else { 0 };
+        let bytes_max = *random.pick(&[16 << 10, 128 << 10, 1 << 20]);
+        Swarm {
+            faults: if options.peace { 3 } else { random.range(2..=9) },
+            kinds: likely,
+            clients: random.range(1..=4),
+            pattern: Pattern::draw(random, bytes_max),
+            answers_max: *random.pick(&[20, 100, 300]),
+            calm_ns_max: *random.pick(&[2 * SECOND_NS, 10 * SECOND_NS]),
+            down_ns_max: *random.pick(&[100 * MILLISECOND_NS, 2 * SECOND_NS, 8 * SECOND_NS]),
+            fault_ns_max: *random.pick(&[SECOND_NS, 8 * SECOND_NS]),
+            break_ns_max: *random.pick(&[5 * MILLISECOND_NS, 10 * SECOND_NS]),
+            network_delay_ns_max: *random.pick(&[50_000, 500_000, 20 * MILLISECOND_NS]),
+            store_delay_ns_max: *random.pick(&[10 * MILLISECOND_NS, 3 * SECOND_NS]),
+            store_losses: some(random, 50, 15),
+            strays: some(random, 15, 15) + if options.fights { 60 } else { 0 },
+            moves_after_end: *random.pick(&[10, 60]),
+            patience_ns_max: *random.pick(&[2 * SECOND_NS, 12 * SECOND_NS]),
+            think_ns_max: *random.pick(&[400_000, 20 * MILLISECOND_NS]),
+            disconnects: some(random, 40, 5_000),
+            idle_pauses: some(random, 40, 5_000),
+            tear_bytes: *random.pick(&[512, 4096]),
+            disk_delay_ns_max: *random.pick(&[5_000, 50_000, 200_000, 2 * MILLISECOND_NS]),
+            dark_end: random.percent(40),
+        }
+    }
+}
+
+impl World {
+    /// Decides when the next fault comes: after so many answers, or so much time.
+    pub(super) fn plan_fault(&mut self) {
+        self.fault_at_answers = self.answers + self.random.range(1..=self.swarm.answers_max);
+        let longest = self.swarm.calm_ns_max;
+        let soon = self.faults_made > 0 && self.random.percent(40);
+        let delay = if soon {
+            self.random.skewed(MILLISECOND_NS..=longest)
+        } else {
+            self.random.range(longest / 2..=longest)
+        };
+        self.after(delay, Happening::Fault(self.faults_made));
+    }
+
+    /// The next thing goes wrong; after the last one everything is repaired.
+    pub(super) fn fault(&mut self) {
+        if self.stage != Stage::Working {
+            return;
+        }
+        self.faults_made += 1;
+        if self.faults_left == 0 {
+            return self.heal();
+        }
+        self.faults_left -= 1;
+        let kind = *self.random.pick(&self.swarm.kinds);
+        trace::note(Moment(self.now_ns), "fault of kind", [kind as u64, 0, 0]);
+        let node = self.random.index(self.nodes.len());
+        match kind {
+            Kind::Kill => self.go_down(node, false),
+            Kind::PowerCut => self.go_down(node, true),
+            Kind::PowerCutSeveral => {
+                for node in 0..self.nodes.len() {
+                    if self.random.percent(60) {
+                        self.go_down(node, true);
+                    }
+                }
+            }
+            Kind::PowerCutAll => (0..self.nodes.len()).for_each(|node| self.go_down(node, true)),
+            Kind::CutLink => self.cut_some_link(),
+            Kind::Isolate => self.isolate(node),
+            Kind::BlockWay => self.block_some_way(node),
+            Kind::StoreAway => {
+                self.report.network_faults += 1;
+                self.store_away = true;
+                self.undo_later(Fault::StoreAway);
+            }
+            Kind::Pause => self.pause(node),
+            Kind::SlowDisk => self.slow_disk(node),
+            Kind::Move => {
+                let volume = self.random.index(self.volumes.len());
+                self.volumes[volume].home = node;
+                (0..self.sessions.len()).for_each(|session| self.leave_and_return(session, volume));
+            }
+        }
+        self.plan_fault();
+    }
+
+    fn undo_later(&mut self, fault: Fault) {
+        let delay = self.random.skewed(10 * MILLISECOND_NS..=self.swarm.fault_ns_max);
+        self.after(delay, Happening::Undo(fault));
+    }
+
+    fn go_down(&mut self, node: usize, power_cut: bool) {
+        if self.nodes[node].life.is_none() {
+            return;
+        }
+        if power_cut {
+            self.report.power_cuts += 1;
+        } else {
+            self.report.kills += 1;
+        }
+        self.stop(node, power_cut);
+        let delay = self.random.skewed(MILLISECOND_NS..=self.swarm.down_ns_max);
+        let boots = self.nodes[node].boots;
+        self.after(delay, Happening::Start { node, boots });
+    }
+
+    fn cut_some_link(&mut self) {
+        let links: Vec<u64> = self.links.keys().copied().collect();
+        if !links.is_empty() {
+            self.report.network_faults += 1;
+            let link = *self.random.pick(&links);
+            self.cut_link(link);
+        }
+    }
+
+    /// A node is alone, without knowing it; it may still reach the record store.
+    fn isolate(&mut self, node: usize) {
+        self.report.network_faults += 1;
+        let store = self.blocks.store();
+        let others = (0..self.nodes.len()).filter(|other| *other != node);
+        let others: Vec<usize> = others.chain(self.random.percent(60).then_some(store)).collect();
+        let cut = self.random.percent(30);
+        let delay = self.random.skewed(10 * MILLISECOND_NS..=self.swarm.fault_ns_max);
+        for other in others {
+            for (from, to) in [(node, other), (other, node)] {
+                self.blocks.set(from, to, true);
+                self.after(delay, Happening::Undo(Fault::Block { from, to }));
+            }
+        }
+        if cut {
+            let touching = self.links.iter().filter(|(_, link)| link.nodes.contains(&node));
+            for link in touching.map(|(link, _)| *link).collect::<Vec<_>>() {
+                self.cut_link(link);
+            }
+        }
+    }
+
+    /// Bytes go one way only.
+    fn block_some_way(&mut self, from: usize) {
+        self.report.network_faults += 1;
+        let to = self.random.index(self.nodes.len() + 1);
+        if to != from {
+            self.blocks.set(from, to, true);
+            self.undo_later(Fault::Block { from, to });
+        }
+    }
+
+    fn pause(&mut self, node: usize) {
+        let late = self.random.percent(50);
+        let nanoseconds = self.random.skewed(10 * MILLISECOND_NS..=self.swarm.fault_ns_max);
+        if let Some(driver) = self.nodes[node].at(self.now_ns) {
+            self.report.pauses += 1;
+            driver.pause(nanoseconds, late);
+        }
+    }
+
+    fn slow_disk(&mut self, node: usize) {
+        let boot = self.nodes[node].boots;
+        let stalls = *self.random.pick(&[20_000, 300_000]);
+        if let Some(driver) = self.nodes[node].at(self.now_ns) {
+            driver.disk.faults.stalls = stalls;
+            self.undo_later(Fault::SlowDisk { node, boot });
+        }
+    }
+
+    pub(super) fn undo(&mut self, fault: Fault) {
+        match fault {
+            Fault::Block { from, to } => {
+                self.blocks.set(from, to, false);
+                self.flow_again();
+            }
+            Fault::StoreAway => self.store_away = false,
+            Fault::SlowDisk { node, boot } => {
+                if self.is_living(node, boot)
+                    && let Some(driver) = self.nodes[node].at(self.now_ns)
+                {
+                    driver.disk.faults.stalls = 0;
+                }
+            }
+        }
+    }
+
+    /// All faults end: from here on everything must come right by itself.
+    fn heal(&mut self) {
+        trace::note(Moment(self.now_ns), "faults end", [0; 3]);
+        (self.stage, self.calm_since_ns) = (Stage::Calm, self.now_ns);
+        self.blocks = Blocks::new(self.nodes.len());
+        self.flow_again();
+        self.store_away = false;
+        for node in 0..self.nodes.len() {
+            if self.nodes[node].life.is_none() {
+                self.start(node);
+            }
+            let driver = self.nodes[node].at(self.now_ns).expect("just started");
+            driver.disk.faults.stalls = 0;
+        }
+        self.begin_verifying();
+    }
+}

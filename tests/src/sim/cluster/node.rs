@@ -1,0 +1,217 @@
+//! A node: a shard with a disk and a clock of its own, which dies and is started again.
+
+use datapath::engine::pool_space::PoolSpace;
+use datapath::engine::ports::DeviceIndex;
+use datapath::engine::shard::{NodeConfig, Shard, ShardPool};
+use datapath::memory::Pages;
+use datapath::record::NodeId;
+use datapath::replica::bugs::Bugs;
+use datapath::store::bugs::Bugs as StoreBugs;
+use datapath::store::format::format_writes;
+use datapath::store::lane::{AckPolicy, Lane, LaneConfig};
+use datapath::store::layout::Layout;
+use datapath::store::recovery::{PoolReader, Recovered, read_layout, recover_lane};
+use datapath::units::{BLOCK_BYTES, MemoryRange, Moment};
+
+use crate::sim::disk::Disk;
+use crate::sim::driver::Driver;
+use crate::sim::memory::SimMemory;
+use crate::sim::random::Random;
+use crate::sim::subject::{DiskReader, MemoryPlan};
+
+const SEGMENT_BLOCKS: u32 = 256;
+const MIB: u64 = 1 << 20;
+const RECEIVE_BYTES: u32 = 64 << 10;
+const RECEIVE_BUFFERS: u16 = 16;
+const MILLION: u64 = 1_000_000;
+
+/// What a node is like, for good.
+#[derive(Clone, Debug)]
+pub(super) struct NodePlan {
+    pub(super) id: NodeId,
+    pub(super) lanes: u32,
+    pub(super) disk_bytes: u64,
+    pub(super) request_bytes: u32,
+    pub(super) map_cache_bytes: u64,
+    pub(super) checkpoint_log_bytes: u64,
+    pub(super) bugs: Bugs,
+}
+
+/// A clock that runs at its own pace.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Clock {
+    /// The world's time when it showed `shown`.
+    world_ns: u64,
+    shown: Moment,
+    /// Its nanoseconds in a million of the world's.
+    pace: u64,
+}
+
+impl Clock {
+    /// What it shows at a moment of the world.
+    pub(super) fn show(&self, world_ns: u64) -> Moment {
+        self.shown.after_ns((world_ns - self.world_ns) * self.pace / MILLION)
+    }
+
+    /// When it shows `moment`.
+    pub(super) fn world_ns(&self, moment: Moment) -> u64 {
+        self.world_ns + (moment.since_ns(self.shown) * MILLION).div_ceil(self.pace)
+    }
+}
+
+/// One start of a node's process.
+#[derive(Debug)]
+pub(super) struct Life {
+    pub(super) driver: Driver<Shard<SimMemory>>,
+    pub(super) clock: Clock,
+    /// Volumes whose record it has been told.
+    pub(super) told: Vec<bool>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) plan: NodePlan,
+    /// Nothing while it is down.
+    pub(super) life: Option<Life>,
+    /// Lent to the process while there is one.
+    disk: Option<Disk>,
+    memory: Option<SimMemory>,
+    /// Counts starts.
+    pub(super) boots: u64,
+    random: Random,
+}
+
+impl Node {
+    /// A node with an empty pool.
+    pub(super) fn new(plan: NodePlan, tear_bytes: usize, delay_ns_max: u64, random: Random) -> Node {
+        let mut disk = Disk::new(plan.disk_bytes, random.fork("disk", 0));
+        disk.faults.tear_bytes = tear_bytes;
+        disk.faults.delay_ns_max = delay_ns_max;
+        let layout = Layout::with_segment_blocks([7; 16], plan.disk_bytes, plan.lanes, SEGMENT_BLOCKS);
+        for write in format_writes(&layout.expect("the pool is large enough")) {
+            disk.write_now(write.place.offset_bytes(), &write.block[..]);
+        }
+        Node { plan, life: None, disk: Some(disk), memory: None, boots: 0, random }
+    }
+
+    fn memory_plan(&self) -> MemoryPlan {
+        let layout = Layout::with_segment_blocks([0; 16], 64 * MIB, 1, SEGMENT_BLOCKS).expect("a small pool");
+        let lane_bytes = self.plan.lanes * Lane::pages_needed(&layout) * BLOCK_BYTES;
+        MemoryPlan {
+            total_bytes: RECEIVE_BYTES * u32::from(RECEIVE_BUFFERS) + lane_bytes + self.plan.request_bytes,
+            receive_buffer: MemoryRange { start: 0, len: RECEIVE_BYTES },
+            receive_buffer_count: RECEIVE_BUFFERS,
+        }
+    }
+
+    /// Starts the process.
+    pub(super) fn start(&mut self, world_ns: u64, volumes: usize) {
+        self.boots += 1;
+        let mut random = self.random.fork("life", self.boots);
+        let clock = Clock {
+            world_ns,
+            shown: Moment(random.skewed(0..=1 << 44)),
+            pace: MILLION + random.range(0..=40_000) - 20_000,
+        };
+        let plan = self.memory_plan();
+        let mut disk = self.disk.take().expect("a node that is down has its disk");
+        let mut memory = self.memory.take().unwrap_or_else(|| SimMemory::new(plan.total_bytes));
+        memory.reset();
+        let shard = self.recover(&mut disk, memory, random.bits());
+        let mut driver = Driver::new(shard, disk, clock.show(world_ns), &plan, random.fork("driver", 0));
+        driver.allow_calls();
+        self.life = Some(Life { driver, clock, told: vec![false; volumes] });
+    }
+
+    fn recover(&self, disk: &mut Disk, memory: SimMemory, boot: u64) -> Shard<SimMemory> {
+        let (layout, recovered) = self.read_pool(&mut DiskReader::new(disk));
+        let receive_bytes = RECEIVE_BYTES * u32::from(RECEIVE_BUFFERS);
+        let total_bytes = self.memory_plan().total_bytes;
+        let mut pages = Pages::new(MemoryRange { start: receive_bytes, len: total_bytes - receive_bytes });
+        let mut lanes = Vec::new();
+        for (lane, recovered) in (0..).zip(recovered) {
+            let config = LaneConfig {
+                lane,
+                layout,
+                ack: AckPolicy::Durable,
+                checkpoint_log_bytes: self.plan.checkpoint_log_bytes,
+                bugs: StoreBugs::none(),
+            };
+            lanes.push(Lane::new(config, recovered, &mut pages));
+        }
+        let segments = layout.segments_in(self.plan.disk_bytes);
+        let space = PoolSpace::new(layout, segments, lanes.iter().map(Lane::segments), true);
+        let pool = ShardPool { device: DeviceIndex(0), lanes, space };
+        let config = NodeConfig { node: self.plan.id, boot, steals: boot.is_multiple_of(2) };
+        let mut shard = Shard::new(memory, pages, vec![pool], false, Some(config));
+        shard.plant(self.plan.bugs);
+        shard
+    }
+
+    /// What recovery makes of the pool.
+    pub(super) fn read_pool(&self, reader: &mut impl PoolReader) -> (Layout, Vec<Recovered>) {
+        let layout = read_layout(reader).expect("an undamaged pool has a layout");
+        let lane = |lane| {
+            recover_lane(reader, layout, lane, self.plan.map_cache_bytes, StoreBugs::none())
+                .unwrap_or_else(|error| panic!("an undamaged pool is refused: {error}"))
+        };
+        (layout, (0..layout.lanes).map(lane).collect())
+    }
+
+    /// Ends the process. Without power the disk loses what it had not flushed.
+    pub(super) fn stop(&mut self, power_cut: bool) {
+        let Some(life) = self.life.take() else {
+            if power_cut {
+                self.disk.as_mut().expect("a node that is down has its disk").cut_power();
+            }
+            return;
+        };
+        let (memory, mut disk, _, _) = life.driver.dismantle();
+        if power_cut {
+            disk.cut_power();
+        } else {
+            disk.kill();
+        }
+        disk.faults.stalls = 0;
+        (self.disk, self.memory) = (Some(disk), Some(memory));
+    }
+
+    pub(super) fn disk(&self) -> &Disk {
+        match &self.life {
+            Some(life) => &life.driver.disk,
+            None => self.disk.as_ref().expect("a node that is down has its disk"),
+        }
+    }
+
+    /// The world's time of the next thing that happens here.
+    pub(super) fn next_ns(&self) -> Option<u64> {
+        let life = self.life.as_ref()?;
+        life.driver.next_moment().map(|moment| life.clock.world_ns(moment))
+    }
+
+    /// Lets the node's time pass, and gives access to its driver.
+    pub(super) fn at(&mut self, world_ns: u64) -> Option<&mut Driver<Shard<SimMemory>>> {
+        let life = self.life.as_mut()?;
+        life.driver.advance_to(life.clock.show(world_ns));
+        Some(&mut life.driver)
+    }
+
+    pub(super) fn describe(&self) -> String {
+        match &self.life {
+            Some(life) => format!(
+                "{:?}, boot {}, shows {:?}, told {:?}\n{}",
+                self.plan.id,
+                self.boots,
+                life.driver.now(),
+                life.told,
+                life.driver.engine.describe()
+            ),
+            None => format!("{:?} is down", self.plan.id),
+        }
+    }
+
+    pub(super) fn report_turns(&self) -> u64 {
+        self.life.as_ref().map_or(0, |life| life.driver.counts.turns)
+    }
+}

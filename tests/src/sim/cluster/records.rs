@@ -1,0 +1,80 @@
+//! The record store: compare-and-swap, and rules that no correct head breaks.
+
+use datapath::record::{NodeId, Record};
+
+/// Records by volume, and what is true of them over time.
+#[derive(Debug)]
+pub(super) struct Records {
+    records: Vec<Record>,
+    /// Changes that took effect.
+    pub(super) accepted: u64,
+    /// Members that were left out.
+    pub(super) removals: u64,
+    /// Epochs that started.
+    pub(super) started: u64,
+}
+
+impl Records {
+    pub(super) fn new(records: Vec<Record>) -> Records {
+        Records { records, accepted: 0, removals: 0, started: 0 }
+    }
+
+    pub(super) fn get(&self, volume: usize) -> &Record {
+        &self.records[volume]
+    }
+
+    pub(super) fn all(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// A proposal has arrived: it takes effect if it replaces the present record. Says whether it did.
+    pub(super) fn propose(&mut self, volume: usize, proposed: &Record) -> bool {
+        let present = &self.records[volume];
+        if proposed.version != present.version + 1 {
+            return false;
+        }
+        assert_succession(present, proposed);
+        self.accepted += 1;
+        self.removals += (present.in_sync.len() - proposed.in_sync.len()) as u64;
+        self.started += u64::from(proposed.started && proposed.epoch != present.last_started);
+        self.records[volume] = proposed.clone();
+        true
+    }
+}
+
+/// A store refuses what breaks these rules; a head that is correct never tries.
+fn assert_succession(present: &Record, proposed: &Record) {
+    let what = || format!("{proposed:#?}\nshould replace\n{present:#?}");
+    assert_eq!(
+        (present.volume, &present.name, present.lineage, present.size_blocks, present.min_in_sync),
+        (proposed.volume, &proposed.name, proposed.lineage, proposed.size_blocks, proposed.min_in_sync),
+        "what a volume is never changes"
+    );
+    let (from, to) = (present.epoch, proposed.epoch);
+    assert!(to == from || to == from + 1, "epochs rise by one: {}", what());
+    if to == from {
+        assert_eq!(present.head, proposed.head, "an epoch has one head: {}", what());
+        assert!(proposed.started || !present.started, "a started epoch stays so: {}", what());
+    } else {
+        assert!(!proposed.started, "an epoch opens before it starts: {}", what());
+        assert_eq!(present.in_sync, proposed.in_sync, "opening an epoch leaves nobody out: {}", what());
+    }
+    let last_started = if proposed.started { to } else { present.last_started };
+    assert_eq!(proposed.last_started, last_started, "{}", what());
+    assert!(!proposed.in_sync.is_empty(), "the last replica is never removed: {}", what());
+    let fewest = proposed.min_in_sync as usize;
+    assert!(
+        proposed.in_sync.len() >= fewest || proposed.in_sync.len() == present.in_sync.len(),
+        "fewer than min_in_sync: {}",
+        what()
+    );
+    let ascending = |nodes: &[NodeId]| nodes.windows(2).all(|pair| pair[0] < pair[1]);
+    assert!(ascending(&proposed.in_sync) && ascending(&proposed.catching_up), "{}", what());
+    let joins = proposed.in_sync.iter().any(|node| !present.is_in_sync(*node));
+    assert!(!joins, "nobody comes back without being brought up to date: {}", what());
+    assert_eq!(present.replicas(), proposed.replicas(), "every replica is somewhere: {}", what());
+    let ends = &proposed.epoch_ends;
+    assert!(ends.windows(2).all(|pair| pair[0].epoch < pair[1].epoch), "{}", what());
+    assert!(ends.windows(2).all(|pair| pair[0].sequence <= pair[1].sequence), "{}", what());
+    assert!(ends.iter().all(|end| end.epoch < to), "the end of an epoch that goes on: {}", what());
+}
