@@ -276,6 +276,8 @@ fn place_volumes(
             sequence: 0,
             identity: random_bytes().map_err(PoolsError::Random)?,
             promise: 0,
+            order_from: 0,
+            filling: false,
             name: volume.name.to_string(),
         });
     }

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth::bench::{self, BenchArgs, BlockRange, Control};
 use datapath::record::{NodeId, VolumeNumber};
@@ -18,6 +18,8 @@ use system_tests::harness::{Scratch, full_tier, print_figure};
 const MEMBER_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// The head's node is gone: another serves after at most so long.
 const HEAD_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A replica of 64 MiB that was away is in sync again after at most so long, under load.
+const FILL_MAX: Duration = Duration::from_secs(20);
 
 /// Verified load on the volume `v` through the first node, and the others when that is lost.
 fn load(cluster: &Cluster) -> BenchArgs {
@@ -114,13 +116,13 @@ fn a_volume_that_is_led_elsewhere_is_refused_by_name() {
         assert!(said.contains(why), "{said}");
     };
     refused(&cluster, 1, "node number 1 leads v");
-    // One that was removed does not serve what it has.
+    // One that was removed is brought back, and refuses like the others.
     cluster.freeze_node(2, true);
     probe.write_for(Duration::from_secs(2));
     cluster.freeze_node(2, false);
-    cluster.wait_for_volume("v", |volume| volume["stale"].as_array().map(Vec::len) == Some(1));
+    cluster.wait_for_volume("v", |volume| volume["in_sync"].as_array().map(Vec::len) == Some(3));
     probe.write_for(Duration::from_millis(200));
-    refused(&cluster, 2, "the replica of v here is not up to date; connect to node number 1 or 2");
+    refused(&cluster, 2, "node number 1 leads v");
 }
 
 /// Where other nodes connect to the first node.
@@ -181,6 +183,38 @@ fn nonsense_at_the_port_for_nodes_costs_its_sender_the_connection() {
     // Who does not say who it is is put out.
     idle[0].set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
     assert_eq!(idle[0].read(&mut [0]).expect("the end of the connection"), 0);
+}
+
+/// The replica that was away is the only one left at the end: what it was filled with is all there is.
+#[test]
+fn a_member_that_was_away_is_filled_and_can_lead() {
+    let scratch = Scratch::new("filled");
+    let mut cluster = Cluster::start(&scratch, 3, 512);
+    cluster.make_volume_with("v", 64, "--min-in-sync 1");
+    cluster.make_volume("probe", 16);
+    let args = load(&cluster);
+    let in_sync =
+        |count| move |volume: &serde_json::Value| volume["in_sync"].as_array().map(Vec::len) == Some(count);
+    let mut filled = Duration::ZERO;
+    let requests = under_load(&args, |control| {
+        thread::sleep(Duration::from_millis(500));
+        cluster.kill_node(2);
+        cluster.wait_for_volume("v", in_sync(2));
+        // The load writes all over the volume meanwhile.
+        thread::sleep(Duration::from_secs(3));
+        let start = Instant::now();
+        cluster.start_node(2);
+        cluster.wait_for_volume("v", in_sync(3));
+        filled = start.elapsed();
+        assert_eq!(control.reconnects(), 0, "clients notice nothing");
+        cluster.kill_node(1);
+        cluster.wait_for_volume("v", in_sync(2));
+        cluster.kill_node(0);
+        cluster.wait_for_volume("v", |volume| volume["head"] == "n3" && volume["started"] == true);
+        thread::sleep(Duration::from_secs(2));
+    });
+    assert!(filled <= FILL_MAX, "it took {filled:?}");
+    print_figure(&format!("in sync {filled:?} after its start; {requests} requests verified"));
 }
 
 #[test]

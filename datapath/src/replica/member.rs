@@ -14,15 +14,21 @@
 //! | change | refused | appended, acknowledged or answered with the position | a violation: heads ask for the promise first |
 //! | fetch | refused | read from the log | a violation |
 //! | lease | refused | granted | a violation |
+//! | fill | refused | its order goes on after the stamp named there | a violation |
+//! | copy, filled | refused | taken, if they are of the last fill | a violation |
+//!
+//! A member that was found half filled at its start holds no order at all: it takes changes again after the next fill has
+//! begun.
 
 use super::bugs::{Bugs, PlantedBug};
+use super::fill::Filling;
 use super::{LEASE_DRIFT_NS, LEASE_NS};
 use crate::record::Stamp;
 use crate::units::Moment;
-use crate::wire::peer_message::{ChangeHeader, PeerMessage};
+use crate::wire::peer_message::{ChangeHeader, CopyHeader, PeerMessage};
 
 /// What must be done about a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Send this back.
     Answer(PeerMessage),
@@ -30,6 +36,27 @@ pub enum Step {
     StorePromise(u32),
     /// Append the change, in the order of these calls, then call [`Member::appended`].
     Append,
+    /// Append nothing of what came before any more: store that the order goes on after `after`, then call
+    /// [`Member::fill_stored`].
+    BeginFill {
+        /// Which fill.
+        fill: u64,
+        /// The change before the first that will come.
+        after: Stamp,
+    },
+    /// Append these runs of the copy (first block and count), if any, in the order of these calls; then call
+    /// [`Member::copy_stored`].
+    Copy {
+        /// Which fill.
+        fill: u64,
+        /// What live changes have left of it.
+        runs: Vec<(u32, u32)>,
+    },
+    /// Store that filling has ended, behind everything given to the log before; then call [`Member::end_stored`].
+    EndFill {
+        /// Which fill.
+        fill: u64,
+    },
     /// Read the change out of the log and answer.
     Fetch(u64),
     /// Nothing now.
@@ -55,13 +82,28 @@ pub struct Member {
     ack_due: bool,
     /// The epoch to whose head a lease was granted, and until when it must be honoured.
     granted: (u32, Moment),
+    fill: Fill,
+}
+
+/// Is the member being filled?
+#[derive(Debug)]
+enum Fill {
+    /// No: it holds an order.
+    None,
+    /// It was once, and that was broken off by the end of the process: nobody knows which blocks are whose.
+    BrokenOff,
+    Now(Box<Filling>),
+    /// It is complete, and owes the head that answer.
+    Complete {
+        fill: u64,
+    },
 }
 
 impl Member {
     /// A member as its log was found at a start. What it had granted is forgotten, so it assumes that it granted a lease
-    /// just now, to a head of some earlier epoch.
+    /// just now, to a head of some earlier epoch. `is_filling`: it was being filled.
     #[must_use]
-    pub fn new(now: Moment, promised: u32, last: Stamp) -> Member {
+    pub fn new(now: Moment, promised: u32, last: Stamp, is_filling: bool) -> Member {
         Member {
             promised,
             promising: None,
@@ -70,6 +112,7 @@ impl Member {
             report_due: false,
             ack_due: false,
             granted: (0, now.after_ns(LEASE_NS + LEASE_DRIFT_NS)),
+            fill: if is_filling { Fill::BrokenOff } else { Fill::None },
         }
     }
 
@@ -121,7 +164,99 @@ impl Member {
                 member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
                 Step::Answer(PeerMessage::Leased { epoch, asked_ns })
             }),
+            PeerMessage::Fill { epoch, after, fill } => {
+                self.under(epoch, |member| member.begin_fill(epoch, fill, after))
+            }
+            PeerMessage::Copy { epoch, fill, copy } => self.under(epoch, |member| member.copy(fill, copy)),
+            PeerMessage::Filled { epoch, fill } => self.under(epoch, |member| member.end_fill(fill)),
             _ => Step::Violation,
+        }
+    }
+
+    /// Whatever it holds is given up for what the head will send.
+    fn begin_fill(&mut self, epoch: u32, fill: u64, after: Stamp) -> Step {
+        if after.epoch > epoch {
+            return Step::Violation;
+        }
+        self.last = after;
+        self.ack_due = false;
+        self.fill = Fill::Now(Box::new(Filling::new(fill, after)));
+        Step::BeginFill { fill, after }
+    }
+
+    /// The fill with this number, if it is the one under way. What an earlier one sent may still come in.
+    fn filling(&mut self, fill: u64) -> Option<&mut Filling> {
+        match &mut self.fill {
+            Fill::Now(filling) if filling.fill == fill => Some(filling),
+            _ => None,
+        }
+    }
+
+    fn copy(&mut self, fill: u64, copy: CopyHeader) -> Step {
+        match self.filling(fill) {
+            Some(filling) if filling.ending => Step::Violation,
+            Some(filling) => Step::Copy { fill, runs: filling.uncovered(copy) },
+            None => Step::Nothing,
+        }
+    }
+
+    fn end_fill(&mut self, fill: u64) -> Step {
+        match self.filling(fill) {
+            Some(filling) if filling.ending => Step::Violation,
+            Some(filling) => {
+                filling.end();
+                Step::EndFill { fill }
+            }
+            None => Step::Nothing,
+        }
+    }
+
+    /// The beginning of a fill is on stable media.
+    pub fn fill_stored(&mut self, fill: u64) {
+        let Some(filling) = self.filling(fill) else { return };
+        assert!(!filling.stored, "a fill begins once");
+        (filling.stored, filling.filling_due) = (true, true);
+        self.durable = filling.after.sequence;
+    }
+
+    /// A copy is on stable media, or nothing of it was needed.
+    pub fn copy_stored(&mut self, fill: u64) {
+        if let Some(filling) = self.filling(fill) {
+            filling.copies += 1;
+            filling.copied_due = true;
+        }
+    }
+
+    /// The end of a fill is on stable media, and so is everything before it.
+    pub fn end_stored(&mut self, fill: u64) {
+        if self.filling(fill).is_some() {
+            self.fill = Fill::Complete { fill };
+        }
+    }
+
+    /// Is the beginning of a fill being stored? Then nobody knows yet where the order stands on stable media.
+    fn is_beginning_fill(&self) -> bool {
+        matches!(&self.fill, Fill::Now(filling) if !filling.stored)
+    }
+
+    /// What is owed to the head that fills this member.
+    pub fn poll_fill(&mut self) -> Option<PeerMessage> {
+        let epoch = self.promised;
+        match &mut self.fill {
+            _ if self.promising.is_some() => None,
+            Fill::None | Fill::BrokenOff => None,
+            Fill::Now(filling) => {
+                let (fill, copies) = (filling.fill, filling.copies);
+                if std::mem::take(&mut filling.filling_due) {
+                    return Some(PeerMessage::Filling { epoch, fill });
+                }
+                std::mem::take(&mut filling.copied_due).then_some(PeerMessage::Copied { epoch, fill, copies })
+            }
+            Fill::Complete { fill } => {
+                let fill = *fill;
+                self.fill = Fill::None;
+                Some(PeerMessage::Complete { epoch, fill })
+            }
         }
     }
 
@@ -149,8 +284,14 @@ impl Member {
     }
 
     fn take(&mut self, change: ChangeHeader) -> Step {
+        if matches!(self.fill, Fill::BrokenOff) {
+            return Step::Nothing;
+        }
         if change.previous == self.last {
             self.last = change.stamp;
+            if let Fill::Now(filling) = &mut self.fill {
+                filling.note_change(change.block, change.count);
+            }
             return Step::Append;
         }
         if change.stamp.sequence > self.last.sequence {
@@ -173,6 +314,10 @@ impl Member {
 
     /// The change is on stable media, and so is everything before it.
     pub fn appended(&mut self, sequence: u64) {
+        if self.is_beginning_fill() {
+            // It is of the order that is being left.
+            return;
+        }
         assert!(
             sequence == self.durable + 1 && sequence <= self.last.sequence,
             "changes become durable in order"
@@ -183,7 +328,8 @@ impl Member {
 
     /// The answer to a promise, when it is due: once per question.
     pub fn poll_report(&mut self, now: Moment) -> Option<PeerMessage> {
-        let settled = self.promising.is_none() && self.durable == self.last.sequence;
+        let settled =
+            self.promising.is_none() && self.durable == self.last.sequence && !self.is_beginning_fill();
         if !self.report_due || !settled {
             return None;
         }
@@ -195,6 +341,9 @@ impl Member {
 
     /// The acknowledgement that is due: one for all that became durable since the last.
     pub fn poll_ack(&mut self) -> Option<PeerMessage> {
+        if self.is_beginning_fill() {
+            return None;
+        }
         let due = std::mem::take(&mut self.ack_due) && self.promising.is_none();
         due.then_some(PeerMessage::Ack { epoch: self.promised, through: self.durable })
     }
@@ -216,7 +365,7 @@ mod tests {
     }
 
     fn following(epoch: u32) -> Member {
-        let mut member = Member::new(Moment(0), 0, Stamp::default());
+        let mut member = Member::new(Moment(0), 0, Stamp::default(), false);
         assert_eq!(member.handle(Moment(0), PeerMessage::Promise { epoch }), Step::StorePromise(epoch));
         assert_eq!(member.poll_report(Moment(0)), None, "not stored yet");
         member.promise_stored(epoch);
@@ -239,6 +388,65 @@ mod tests {
         assert_eq!(member.poll_ack(), None);
         // The right number after another predecessor: another order.
         assert_ne!(member.handle(Moment(1), change(1, stamp(1, 2), 0)), Step::Append);
+    }
+
+    fn fill(fill: u64, after: Stamp) -> PeerMessage {
+        PeerMessage::Fill { epoch: 2, after, fill }
+    }
+
+    #[test]
+    fn a_fill_sets_the_order_back_and_changes_win_over_copies() {
+        let mut member = following(1);
+        (1..=5).for_each(|sequence| {
+            assert_eq!(
+                member.handle(Moment(1), change(1, stamp(1, sequence), u32::from(sequence > 1))),
+                Step::Append
+            );
+        });
+        member.appended(1);
+        member.handle(Moment(1), PeerMessage::Promise { epoch: 2 });
+        member.promise_stored(2);
+        let begun = Step::BeginFill { fill: 7, after: stamp(1, 3) };
+        assert_eq!(member.handle(Moment(2), fill(7, stamp(1, 3))), begun);
+        // What was on its way into the log is of no account any more.
+        member.appended(2);
+        assert_eq!(
+            (member.poll_ack(), member.poll_report(Moment(2)), member.poll_fill()),
+            (None, None, None)
+        );
+        assert_eq!(member.handle(Moment(2), change(2, stamp(2, 4), 1)), Step::Append);
+        member.fill_stored(7);
+        assert_eq!(member.poll_fill(), Some(PeerMessage::Filling { epoch: 2, fill: 7 }));
+        member.appended(4);
+        assert_eq!(member.poll_ack(), Some(PeerMessage::Ack { epoch: 2, through: 4 }));
+        let copy = |fill, count| {
+            let copy = CopyHeader { data: true, block: 0, count };
+            PeerMessage::Copy { epoch: 2, fill, copy }
+        };
+        assert_eq!(member.handle(Moment(3), copy(7, 2)), Step::Copy { fill: 7, runs: vec![(1, 1)] });
+        assert_eq!(member.handle(Moment(3), copy(6, 2)), Step::Nothing, "of an earlier fill");
+        member.copy_stored(7);
+        assert_eq!(member.poll_fill(), Some(PeerMessage::Copied { epoch: 2, fill: 7, copies: 1 }));
+        let filled = PeerMessage::Filled { epoch: 2, fill: 7 };
+        assert_eq!(member.handle(Moment(4), filled), Step::EndFill { fill: 7 });
+        assert_eq!(member.handle(Moment(4), copy(7, 1)), Step::Violation);
+        member.end_stored(7);
+        assert_eq!(member.poll_fill(), Some(PeerMessage::Complete { epoch: 2, fill: 7 }));
+        assert_eq!(member.poll_fill(), None);
+        assert_eq!(member.last(), stamp(2, 4));
+    }
+
+    #[test]
+    fn a_fill_that_was_broken_off_must_begin_anew() {
+        let mut member = Member::new(Moment(0), 2, stamp(2, 9), true);
+        assert_eq!(member.handle(Moment(1), change(2, stamp(2, 10), 2)), Step::Nothing);
+        let copy = CopyHeader { data: false, block: 0, count: 4 };
+        assert_eq!(member.handle(Moment(1), PeerMessage::Copy { epoch: 2, fill: 1, copy }), Step::Nothing);
+        assert_eq!(member.handle(Moment(1), PeerMessage::Filled { epoch: 2, fill: 1 }), Step::Nothing);
+        let begun = Step::BeginFill { fill: 3, after: stamp(2, 9) };
+        assert_eq!(member.handle(Moment(1), fill(3, stamp(2, 9))), begun);
+        assert_eq!(member.handle(Moment(1), change(2, stamp(2, 10), 2)), Step::Append);
+        assert_eq!(member.handle(Moment(1), fill(4, stamp(3, 9))), Step::Violation);
     }
 
     #[test]
@@ -268,7 +476,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(left(member.poll_report(Moment(2_000))), LEASE_NS + LEASE_DRIFT_NS - 1_000);
-        let mut restarted = Member::new(Moment(9_000), 2, Stamp::default());
+        let mut restarted = Member::new(Moment(9_000), 2, Stamp::default(), false);
         restarted.handle(Moment(9_000), PeerMessage::Promise { epoch: 3 });
         restarted.promise_stored(3);
         assert_eq!(left(restarted.poll_report(Moment(10_000))), LEASE_NS + LEASE_DRIFT_NS - 1_000);

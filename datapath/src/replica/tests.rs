@@ -5,7 +5,7 @@ use super::head::{Head, HeadEffect};
 use super::member::{Member, Step};
 use crate::record::{ChangeKind, NodeId, Record, Stamp, VolumeNumber};
 use crate::units::Moment;
-use crate::wire::peer_message::{ChangeHeader, PeerMessage};
+use crate::wire::peer_message::{ChangeHeader, CopyHeader, PeerMessage};
 use crate::wire::random::Xorshift;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -14,7 +14,12 @@ const NODES: usize = 3;
 /// What a node holds on stable media, and its process.
 struct Node {
     promised: u32,
+    /// The changes after `base`.
     log: Vec<ChangeHeader>,
+    base: Stamp,
+    /// The blocks that hold data, and of which change.
+    content: Content,
+    filling: bool,
     process: Option<Process>,
     /// Its clock runs at so many parts in a thousand of the world's.
     rate: u64,
@@ -25,6 +30,7 @@ struct Process {
     member: Member,
     /// Given to the disk and not yet stable, in order.
     writing: VecDeque<Write>,
+    reading: VecDeque<Read>,
     /// Sent by clients and not answered: cookie and nothing else.
     cookies: u32,
     started: bool,
@@ -33,6 +39,36 @@ struct Process {
 enum Write {
     Change(ChangeHeader),
     Promise(u32),
+    BeginFill(u64, Stamp),
+    Copy(u64, Vec<Cell>),
+    EndFill(u64),
+}
+
+/// What a block holds, by its number: the data of a change, or nothing.
+type Cell = (u32, Option<Stamp>);
+type Content = BTreeMap<u32, Stamp>;
+/// A message, and what a copy brings.
+type Sent = (PeerMessage, Vec<Cell>);
+
+/// A piece that a head reads from its own replica.
+struct Read {
+    member: NodeId,
+    epoch: u32,
+    fill: u64,
+    block: u32,
+    count: u32,
+}
+
+fn put(content: &mut Content, (block, data): Cell) {
+    match data {
+        Some(stamp) => content.insert(block, stamp),
+        None => content.remove(&block),
+    };
+}
+
+fn apply(content: &mut Content, change: &ChangeHeader) {
+    let data = (change.kind == ChangeKind::Data).then_some(change.stamp);
+    (change.block..change.block + change.count).for_each(|block| put(content, (block, data)));
 }
 
 struct World {
@@ -40,7 +76,7 @@ struct World {
     now_ns: u64,
     nodes: Vec<Node>,
     /// Messages on the connection from one node to another; nothing if there is none.
-    links: BTreeMap<(usize, usize), VecDeque<PeerMessage>>,
+    links: BTreeMap<(usize, usize), VecDeque<Sent>>,
     store: Record,
     /// Proposals on their way.
     proposals: Vec<Record>,
@@ -50,9 +86,18 @@ struct World {
     acked_by: BTreeMap<u32, (NodeId, u64)>,
     serving_epochs: BTreeSet<u32>,
     commits: u64,
+    /// Everything that was ever numbered.
+    numbered: BTreeMap<Stamp, ChangeHeader>,
+    admissions: u64,
     /// A node that the record store and the other nodes cannot reach, and until when.
     alone: Option<(usize, u64)>,
     calm: bool,
+}
+
+impl Node {
+    fn last(&self) -> Stamp {
+        self.log.last().map_or(self.base, |change| change.stamp)
+    }
 }
 
 fn id(node: usize) -> NodeId {
@@ -73,6 +118,9 @@ impl World {
             .map(|_| Node {
                 promised: 0,
                 log: Vec::new(),
+                base: Stamp::default(),
+                content: Content::new(),
+                filling: false,
                 process: None,
                 rate: 980 + random.below(41) as u64,
             })
@@ -89,6 +137,8 @@ impl World {
             acked_by: BTreeMap::new(),
             serving_epochs: BTreeSet::new(),
             commits: 0,
+            numbered: BTreeMap::new(),
+            admissions: 0,
             alone: None,
             calm: false,
         };
@@ -103,10 +153,16 @@ impl World {
     fn start(&mut self, node: usize) {
         let now = self.clock(node);
         let state = &mut self.nodes[node];
-        let last = state.log.last().map_or_else(Stamp::default, |change| change.stamp);
-        let member = Member::new(now, state.promised, last);
+        let member = Member::new(now, state.promised, state.last(), state.filling);
         let head = Head::new(id(node), self.store.clone());
-        state.process = Some(Process { head, member, writing: VecDeque::new(), cookies: 0, started: false });
+        state.process = Some(Process {
+            head,
+            member,
+            writing: VecDeque::new(),
+            reading: VecDeque::new(),
+            cookies: 0,
+            started: false,
+        });
         self.connect(node, node);
         self.news.insert(node);
     }
@@ -148,8 +204,12 @@ impl World {
     }
 
     fn send(&mut self, from: usize, to: NodeId, message: PeerMessage) {
+        self.send_with(from, to, message, Vec::new());
+    }
+
+    fn send_with(&mut self, from: usize, to: NodeId, message: PeerMessage, cells: Vec<Cell>) {
         if let Some(queue) = self.links.get_mut(&(from, index(to))) {
-            queue.push_back(message);
+            queue.push_back((message, cells));
         }
     }
 
@@ -172,6 +232,15 @@ impl World {
                 }
                 HeadEffect::Lease { member, epoch } => {
                     self.send(node, member, PeerMessage::Lease { epoch, asked_ns: now.0 });
+                }
+                HeadEffect::Fill { member, epoch, fill, after } => {
+                    self.send(node, member, PeerMessage::Fill { epoch, after, fill });
+                }
+                HeadEffect::Copy { member, epoch, fill, block, count } => {
+                    process.reading.push_back(Read { member, epoch, fill, block, count });
+                }
+                HeadEffect::Filled { member, epoch, fill } => {
+                    self.send(node, member, PeerMessage::Filled { epoch, fill });
                 }
                 HeadEffect::Committed { sequence, cookie } => self.note_commit(node, sequence, cookie),
                 HeadEffect::Dropped { .. } => {}
@@ -209,18 +278,60 @@ impl World {
         if record != self.store {
             return;
         }
-        let log = |member: &NodeId| {
-            let log = &self.nodes[index(*member)].log;
-            log.iter().map(|change| change.stamp).collect::<Vec<_>>()
-        };
-        let first = log(&record.in_sync[0]);
-        assert_eq!(first.len() as u64, last);
+        let first = self.nodes[index(record.in_sync[0])].last();
+        assert_eq!(first.sequence, last, "{record:?} {}", self.describe());
         for member in &record.in_sync {
-            assert_eq!(log(member), first, "epoch {} starts with replicas that differ", record.epoch);
+            let of = self.nodes[index(*member)].last();
+            assert_eq!(of, first, "epoch {} starts with replicas that differ", record.epoch);
+            self.check_content(*member);
         }
+        let order: BTreeSet<Stamp> = self.order_to(first).iter().map(|change| change.stamp).collect();
         for stamp in &self.acked {
-            assert!(first.contains(stamp), "{stamp:?} was acknowledged and is lost");
+            assert!(order.contains(stamp), "{stamp:?} was acknowledged and is lost");
         }
+    }
+
+    /// For failures.
+    fn describe(&self) -> String {
+        let node = |node: &Node| {
+            let process = node.process.as_ref();
+            let own = process.map(|process| (process.head.describe(), format!("{:?}", process.member)));
+            format!(
+                "promised {}, {:?} after {:?}, filling {}: {own:#?}",
+                node.promised,
+                node.last(),
+                node.base,
+                node.filling
+            )
+        };
+        let nodes: Vec<String> = self.nodes.iter().map(node).collect();
+        nodes.join("\n")
+    }
+
+    /// The order up to this change.
+    fn order_to(&self, last: Stamp) -> Vec<ChangeHeader> {
+        let mut order = Vec::new();
+        let mut stamp = last;
+        while stamp != Stamp::default() {
+            let change = self.numbered[&stamp];
+            stamp = change.previous;
+            order.push(change);
+        }
+        order.reverse();
+        order
+    }
+
+    /// A replica in sync holds what the order up to its last change makes, block for block.
+    fn check_content(&self, member: NodeId) {
+        let node = &self.nodes[index(member)];
+        assert!(!node.filling, "{member:?} is in sync and half filled");
+        let order = self.order_to(node.last());
+        let mut content = Content::new();
+        order.iter().for_each(|change| apply(&mut content, change));
+        assert_eq!(node.content, content, "{member:?} at {:?}", node.last());
+        let log: Vec<Stamp> = node.log.iter().map(|change| change.stamp).collect();
+        let own = order.iter().map(|change| change.stamp).filter(|stamp| stamp.sequence > node.base.sequence);
+        assert!(own.eq(log), "the log of {member:?} has another order");
     }
 
     /// No head may read while somebody has acknowledged what it does not know.
@@ -235,7 +346,9 @@ impl World {
     }
 
     fn deliver(&mut self, from: usize, to: usize) {
-        let Some(message) = self.links.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return };
+        let Some((message, cells)) = self.links.get_mut(&(from, to)).and_then(VecDeque::pop_front) else {
+            return;
+        };
         let now = self.clock(to);
         let process = self.nodes[to].process.as_mut().expect("connections end with the process");
         let sender = id(from);
@@ -249,14 +362,21 @@ impl World {
                 process.head.fetched(now, sender, epoch, change);
             }
             PeerMessage::FetchGone { epoch, .. } => process.head.fetch_gone(now, sender, epoch),
-            PeerMessage::Leased { epoch, asked_ns } => process.head.leased(sender, epoch, Moment(asked_ns)),
+            PeerMessage::Leased { epoch, asked_ns } => {
+                process.head.leased(now, sender, epoch, Moment(asked_ns))
+            }
             PeerMessage::Refused { .. } => {}
-            request => self.serve_member(to, from, request),
+            PeerMessage::Filling { epoch, fill } => process.head.filling(now, sender, epoch, fill),
+            PeerMessage::Copied { epoch, fill, copies } => {
+                process.head.copied(now, sender, epoch, fill, copies);
+            }
+            PeerMessage::Complete { epoch, fill } => process.head.complete(now, sender, epoch, fill),
+            request => self.serve_member(to, from, request, &cells),
         }
         self.settle(to);
     }
 
-    fn serve_member(&mut self, node: usize, from: usize, message: PeerMessage) {
+    fn serve_member(&mut self, node: usize, from: usize, message: PeerMessage, cells: &[Cell]) {
         let now = self.clock(node);
         let process = self.nodes[node].process.as_mut().unwrap();
         match process.member.handle(now, message) {
@@ -277,6 +397,14 @@ impl World {
                 };
                 self.send(node, id(from), answer);
             }
+            Step::BeginFill { fill, after } => process.writing.push_back(Write::BeginFill(fill, after)),
+            Step::Copy { fill, runs } => {
+                let within =
+                    |block: u32| runs.iter().any(|(first, count)| (*first..first + count).contains(&block));
+                let kept = cells.iter().filter(|(block, _)| within(*block)).copied().collect();
+                process.writing.push_back(Write::Copy(fill, kept));
+            }
+            Step::EndFill { fill } => process.writing.push_back(Write::EndFill(fill)),
             Step::Nothing => {}
             Step::Violation => panic!("node {from} sent {message:?}"),
         }
@@ -286,7 +414,8 @@ impl World {
     fn answer_due(&mut self, node: usize, to: usize) {
         let now = self.clock(node);
         let Some(process) = &mut self.nodes[node].process else { return };
-        let due = [process.member.poll_report(now), process.member.poll_ack()];
+        let member = &mut process.member;
+        let due = [member.poll_report(now), member.poll_ack(), member.poll_fill()];
         due.into_iter().flatten().for_each(|answer| self.send(node, id(to), answer));
     }
 
@@ -298,7 +427,22 @@ impl World {
         match write {
             Write::Change(change) => {
                 process.member.appended(change.stamp.sequence);
+                apply(&mut self.nodes[node].content, &change);
                 self.nodes[node].log.push(change);
+            }
+            Write::BeginFill(fill, after) => {
+                process.member.fill_stored(fill);
+                let state = &mut self.nodes[node];
+                state.log.clear();
+                (state.base, state.filling) = (after, true);
+            }
+            Write::Copy(fill, cells) => {
+                process.member.copy_stored(fill);
+                cells.into_iter().for_each(|cell| put(&mut self.nodes[node].content, cell));
+            }
+            Write::EndFill(fill) => {
+                process.member.end_stored(fill);
+                self.nodes[node].filling = false;
             }
             Write::Promise(epoch) => {
                 process.member.promise_stored(epoch);
@@ -309,6 +453,30 @@ impl World {
         if let Some(head) = self.store.head {
             self.answer_due(node, index(head.node));
         }
+    }
+
+    /// A head's own replica has been read: what lasts there now is sent, runs of data and runs of nothing.
+    fn finish_read(&mut self, node: usize) {
+        let now = self.clock(node);
+        let Some(process) = &mut self.nodes[node].process else { return };
+        let Some(Read { member, epoch, fill, block, count }) = process.reading.pop_front() else { return };
+        if !self.calm && self.random.below(100) == 0 {
+            process.head.copy_failed(now, member, epoch, fill);
+            return self.settle(node);
+        }
+        let content = &self.nodes[node].content;
+        let cells: Vec<Cell> =
+            (block..block + count).map(|block| (block, content.get(&block).copied())).collect();
+        let mut copies = 0;
+        for run in cells.chunk_by(|one, next| one.1.is_some() == next.1.is_some()) {
+            let count = u32::try_from(run.len()).unwrap();
+            let copy = CopyHeader { data: run[0].1.is_some(), block: run[0].0, count };
+            self.send_with(node, member, PeerMessage::Copy { epoch, fill, copy }, run.to_vec());
+            copies += 1;
+        }
+        let process = self.nodes[node].process.as_mut().unwrap();
+        process.head.copy_sent(now, member, epoch, fill, copies);
+        self.settle(node);
     }
 
     /// The record store carries out a proposal, refuses it, or never hears of it.
@@ -323,7 +491,15 @@ impl World {
         }
         if proposal.version == self.store.version + 1 {
             assert!(!proposal.in_sync.is_empty());
-            self.store = proposal;
+            let before = std::mem::replace(&mut self.store, proposal);
+            let admitted: Vec<NodeId> =
+                self.store.in_sync.iter().filter(|node| !before.is_in_sync(**node)).copied().collect();
+            for node in admitted {
+                assert!(before.catching_up.contains(&node), "{node:?} was not filled");
+                self.check_content(node);
+                self.admissions += 1;
+            }
+            assert_eq!(self.store.replicas(), before.replicas(), "a replica is listed once");
         }
         self.news.extend((0..NODES).filter(|node| self.nodes[*node].process.is_some()));
     }
@@ -345,7 +521,17 @@ impl World {
             return;
         }
         process.cookies += 1;
-        let _ = process.head.submit(now, process.cookies, ChangeKind::Data, 1, 1);
+        let kind = match self.random.below(6) {
+            0 => ChangeKind::Zero,
+            1 => ChangeKind::Trim,
+            _ => ChangeKind::Data,
+        };
+        let block = 256 * self.random.below(4) + self.random.below(3);
+        let (block, count) = (u32::try_from(block).unwrap(), 1 + u32::from(self.random.below(2) == 0));
+        if process.head.submit(now, process.cookies, kind, block, count).is_ok() {
+            let change = *process.head.pending().last().expect("not committed yet");
+            self.numbered.insert(change.stamp, change);
+        }
         self.settle(node);
     }
 
@@ -370,7 +556,8 @@ impl World {
         let (node, other) = (self.random.below(NODES), self.random.below(NODES));
         match self.random.below(100) {
             0..=39 => self.deliver(node, other),
-            40..=59 => self.finish_write(node),
+            40..=57 => self.finish_write(node),
+            58..=59 => self.finish_read(node),
             60..=72 => self.submit(node),
             73..=77 => self.decide(),
             78..=84 if self.news.contains(&node) && !self.is_alone(node) => self.tell(node),
@@ -389,7 +576,10 @@ impl World {
 
     fn take(&mut self, node: usize) {
         let (now, random) = (self.clock(node), self.random.number());
-        if let Some(process) = &mut self.nodes[node].process {
+        // A replica that was left out does not try, as far as it knows.
+        if let Some(process) = &mut self.nodes[node].process
+            && process.head.record().is_in_sync(id(node))
+        {
             process.head.take(now, random);
         }
         self.settle(node);
@@ -437,6 +627,7 @@ impl World {
             let server = (0..NODES).find(|node| served(node) && id(*node) == self.store.head.unwrap().node);
             if let Some(node) = server
                 && self.nodes[node].process.as_ref().unwrap().head.may_read(self.clock(node))
+                && (self.store.in_sync.len() == NODES || !self.store.is_in_sync(id(node)))
             {
                 return;
             }
@@ -450,25 +641,27 @@ impl World {
     }
 }
 
-fn run(seed: u64, steps: usize) -> (u64, u32) {
+fn run(seed: u64, steps: usize) -> (u64, u32, u64) {
     let mut world = World::new(seed);
     world.take(0);
     for _ in 0..steps {
         world.step();
     }
     world.heal();
-    (world.commits, world.store.epoch)
+    (world.commits, world.store.epoch, world.admissions)
 }
 
 #[test]
 fn nothing_acknowledged_is_lost_and_nothing_old_is_read() {
     let seeds = std::env::var("BERTH_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(3000);
-    let (mut commits, mut epochs) = (0, 0);
+    let (mut commits, mut epochs, mut admissions) = (0, 0, 0);
     for seed in 0..seeds {
         let outcome = std::panic::catch_unwind(|| run(seed, 4_000));
-        let (more, epoch) = outcome.unwrap_or_else(|_| panic!("seed {seed} fails"));
+        let (more, epoch, admitted) = outcome.unwrap_or_else(|_| panic!("seed {seed} fails"));
         (commits, epochs) = (commits + more, epochs + u64::from(epoch));
+        admissions += admitted;
     }
-    println!("{commits} commits, {epochs} epochs in {seeds} worlds");
+    println!("{commits} commits, {epochs} epochs, {admissions} admissions in {seeds} worlds");
     assert!(commits > seeds * 4 && epochs > seeds * 3, "{commits} commits and {epochs} epochs prove little");
+    assert!(admissions > seeds / 2, "{admissions} admissions prove little");
 }

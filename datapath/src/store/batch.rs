@@ -58,6 +58,13 @@ pub enum EntryKind {
     /// The replica takes no part any more in epochs below the entry's epoch. Changes no block: `block` is 0, `count` 1; no
     /// payload.
     Promise,
+    /// `count` 1: the replica is being filled from now on, and its order goes on from the entry's stamp, which may lie
+    /// before the last one. `count` 2: it is complete. Changes no block: `block` is 0; no payload.
+    Fill,
+    /// Content copied from another replica, in the payload. Changes the blocks but not the order.
+    CopyData,
+    /// The blocks read as zeroes at another replica. Changes the blocks but not the order; no payload.
+    CopyZero,
     /// A leaf of the map. Found through the root, never by rolling forward.
     Leaf,
     /// A part of a checkpoint. Found through the root, never by rolling forward.
@@ -65,13 +72,16 @@ pub enum EntryKind {
 }
 
 impl EntryKind {
-    const ALL: [(EntryKind, u8); 8] = [
+    const ALL: [(EntryKind, u8); 11] = [
         (EntryKind::Data, 1),
         (EntryKind::Move, 2),
         (EntryKind::Zero, 3),
         (EntryKind::Trim, 4),
         (EntryKind::Lost, 5),
         (EntryKind::Promise, 6),
+        (EntryKind::Fill, 7),
+        (EntryKind::CopyData, 8),
+        (EntryKind::CopyZero, 9),
         (EntryKind::Leaf, 16),
         (EntryKind::Checkpoint, 17),
     ];
@@ -87,9 +97,34 @@ impl EntryKind {
     /// Do payload blocks come with it?
     #[must_use]
     pub fn has_payload(self) -> bool {
-        !matches!(self, EntryKind::Zero | EntryKind::Trim | EntryKind::Lost | EntryKind::Promise)
+        !matches!(
+            self,
+            EntryKind::Zero
+                | EntryKind::Trim
+                | EntryKind::Lost
+                | EntryKind::Promise
+                | EntryKind::Fill
+                | EntryKind::CopyZero
+        )
+    }
+
+    /// Is it a change of its volume's order, with a number of its own?
+    #[must_use]
+    pub fn is_change(self) -> bool {
+        matches!(self, EntryKind::Data | EntryKind::Zero | EntryKind::Trim)
+    }
+
+    /// Does it change no block?
+    #[must_use]
+    pub fn is_about_the_volume(self) -> bool {
+        matches!(self, EntryKind::Promise | EntryKind::Fill)
     }
 }
+
+/// The count of an [`EntryKind::Fill`] with which filling begins.
+pub const FILL_BEGINS: u32 = 1;
+/// The count of an [`EntryKind::Fill`] with which it is complete.
+pub const FILL_ENDS: u32 = 2;
 
 /// An entry without its checksums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -398,6 +433,9 @@ mod tests {
         writer.push(&mut block, &entry(EntryKind::Trim, 500), [].into_iter());
         writer.push(&mut block, &entry(EntryKind::Leaf, 1), [0x33].into_iter());
         writer.push(&mut block, &entry(EntryKind::Promise, 1), [].into_iter());
+        writer.push(&mut block, &entry(EntryKind::Fill, FILL_ENDS), [].into_iter());
+        writer.push(&mut block, &entry(EntryKind::CopyZero, 3), [].into_iter());
+        writer.push(&mut block, &entry(EntryKind::CopyData, 1), [0x44].into_iter());
         writer.finish(&mut block, &header());
         block
     }
@@ -406,25 +444,31 @@ mod tests {
     fn the_descriptor_keeps_its_bytes() {
         let block = sample();
         assert_eq!(&block[..4], b"BTCH");
-        assert_eq!(&block[8..16], &[3, 0, 1, 3, 3, 0, 4, 0]);
+        assert_eq!(&block[8..16], &[3, 0, 1, 3, 4, 0, 7, 0]);
         assert_eq!(&block[16..24], &5_u64.to_le_bytes());
         assert_eq!(&block[48..56], &[0xef, 0xbe, 0xad, 0xde, 9, 0, 0, 0]);
         assert_eq!(&block[64..80], &[1, 0, 0, 0, 2, 0, 0, 0, 100, 0, 0, 0, 2, 0, 0, 0]);
         assert_eq!(&block[88..104], &[42, 0, 0, 0, 0, 0, 0, 0, 0x11, 0, 0, 0, 0x22, 0, 0, 0]);
         assert_eq!((block[104], block[136], block[172]), (4, 16, 6));
+        assert_eq!((block[204], block[216], block[236], block[268]), (7, 2, 9, 8));
     }
 
     #[test]
     fn what_was_written_is_read_back() {
         let block = sample();
         let descriptor = Descriptor::decode(&block).unwrap();
-        assert_eq!((descriptor.header, descriptor.payload_blocks), (header(), 3));
+        assert_eq!((descriptor.header, descriptor.payload_blocks), (header(), 4));
         let entries: Vec<_> = descriptor.entries().collect();
         assert_eq!(entries[0].entry, entry(EntryKind::Data, 2));
         assert_eq!((entries[0].checksum(0), entries[0].checksum(1)), (0x11, 0x22));
         assert_eq!((entries[1].entry, entries[1].payload_index), (entry(EntryKind::Trim, 500), 2));
         assert_eq!((entries[2].payload_index, entries[2].checksum(0)), (2, 0x33));
-        assert_eq!((entries.len(), entries[3].entry), (4, entry(EntryKind::Promise, 1)));
+        assert_eq!((entries.len(), entries[3].entry), (7, entry(EntryKind::Promise, 1)));
+        assert_eq!(
+            (entries[4].entry, entries[5].entry.kind),
+            (entry(EntryKind::Fill, 2), EntryKind::CopyZero)
+        );
+        assert_eq!((entries[6].payload_index, entries[6].checksum(0)), (3, 0x44));
     }
 
     #[test]

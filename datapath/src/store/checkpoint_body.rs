@@ -2,15 +2,15 @@
 //!
 //! ```text
 //!   volumes 4, segments 4, then per volume:
-//!     number 4, epoch 4, size in blocks 8, sequence 8, identity 16, promise 4, leaves 4, name length 1,
-//!     name
+//!     number 4, epoch 4, size in blocks 8, sequence 8, identity 16, promise 4, order from 8, leaves 4,
+//!     filling 1, name length 1, name
 //!     per leaf:     leaf index 4, place 4, CRC32C 4, highest sequence 8
 //!   then per segment:  segment 4, live blocks 4, newest batch number 8
 //! ```
 //!
 //! Written in two copies; the root holds the CRC over the whole.
 
-use super::batch::Entry;
+use super::batch::{Entry, FILL_BEGINS};
 use super::layout::{Place, SegmentIndex};
 use crate::limits::{VOLUME_BYTES_MAX, VOLUME_NAME_BYTES_MAX};
 use crate::record::Stamp;
@@ -31,17 +31,30 @@ pub struct VolumeRecord {
     pub identity: [u8; 16],
     /// The lowest epoch that its replica here may still take part in.
     pub promise: u32,
+    /// Its changes in batches up to this one are of an order that it does not follow any more. In that batch itself only
+    /// what lies behind the entry that begins to fill it counts.
+    pub order_from: u64,
+    /// It is being filled: what it holds is no state that the volume ever had.
+    pub filling: bool,
     /// Its name.
     pub name: String,
 }
 
 impl VolumeRecord {
-    /// A change has taken effect. The cleaner's moves carry the stamps of the changes that they move, which are not the
-    /// last ones.
+    /// An entry has taken effect. The cleaner's moves and the copies carry stamps too, but not of changes of their own.
     pub(super) fn note_change(&mut self, entry: &Entry) {
-        if entry.sequence > self.sequence {
+        if entry.kind.is_change() && entry.sequence > self.sequence {
             self.sequence = entry.sequence;
             self.epoch = entry.epoch;
+        }
+    }
+
+    /// An [`EntryKind::Fill`](super::batch::EntryKind::Fill) of this batch has taken effect.
+    pub(super) fn note_fill(&mut self, entry: &Entry, batch_number: u64) {
+        self.filling = entry.count == FILL_BEGINS;
+        if self.filling {
+            (self.epoch, self.sequence) = (entry.epoch, entry.sequence);
+            self.order_from = batch_number;
         }
     }
 
@@ -102,8 +115,10 @@ impl BodyWriter {
         self.bytes.extend(volume.sequence.to_le_bytes());
         self.bytes.extend(volume.identity);
         self.bytes.extend(volume.promise.to_le_bytes());
+        self.bytes.extend(volume.order_from.to_le_bytes());
         self.leaves_at = self.bytes.len();
         self.bytes.extend(0_u32.to_le_bytes());
+        self.bytes.push(u8::from(volume.filling));
         self.bytes.push(name_bytes);
         self.bytes.extend(volume.name.as_bytes());
     }
@@ -191,13 +206,14 @@ impl Input<'_> {
 
     fn volume(&mut self) -> Option<(VolumeRecord, Vec<LeafRecord>)> {
         let (number, epoch, size_blocks, sequence) = (self.u32()?, self.u32()?, self.u64()?, self.u64()?);
-        let (identity, promise) = (self.take()?, self.u32()?);
-        let (leaf_count, [name_bytes]) = (self.u32()?, self.take::<1>()?);
+        let (identity, promise, order_from) = (self.take()?, self.u32()?, self.u64()?);
+        let (leaf_count, [filling, name_bytes]) = (self.u32()?, self.take()?);
         let (name, tail) = self.0.split_at_checked(usize::from(name_bytes))?;
         self.0 = tail;
         let name = String::from_utf8(name.to_vec()).ok()?;
-        let sensible =
-            name.len() <= VOLUME_NAME_BYTES_MAX && size_blocks <= VOLUME_BYTES_MAX / BLOCK_BYTES_U64;
+        let sensible = filling <= 1
+            && name.len() <= VOLUME_NAME_BYTES_MAX
+            && size_blocks <= VOLUME_BYTES_MAX / BLOCK_BYTES_U64;
         let mut leaves = Vec::new();
         for _ in 0..leaf_count {
             leaves.push(LeafRecord {
@@ -207,7 +223,18 @@ impl Input<'_> {
                 sequence_max: self.u64()?,
             });
         }
-        let record = VolumeRecord { number, epoch, size_blocks, sequence, identity, promise, name };
+        let filling = filling == 1;
+        let record = VolumeRecord {
+            number,
+            epoch,
+            size_blocks,
+            sequence,
+            identity,
+            promise,
+            order_from,
+            filling,
+            name,
+        };
         sensible.then_some((record, leaves))
     }
 }
@@ -224,6 +251,8 @@ mod tests {
             sequence: 5,
             identity: [3; 16],
             promise: 7,
+            order_from: 8,
+            filling: number == 1,
             name: name.to_owned(),
         };
         let leaf = |leaf| LeafRecord { leaf, place: Place(77), crc: 0xabcd, sequence_max: 4 };
@@ -245,8 +274,8 @@ mod tests {
         let (body, bytes) = sample();
         assert_eq!(Body::decode(&bytes), Some(body));
         assert_eq!(&bytes[..12], &[2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
-        assert_eq!(&bytes[48..61], b"\x07\0\0\0\x02\0\0\0\x04data");
-        assert_eq!(&bytes[61..73], &[0, 0, 0, 0, 77, 0, 0, 0, 0xcd, 0xab, 0, 0]);
+        assert_eq!(&bytes[48..70], b"\x07\0\0\0\x08\0\0\0\0\0\0\0\x02\0\0\0\x01\x04data");
+        assert_eq!(&bytes[70..82], &[0, 0, 0, 0, 77, 0, 0, 0, 0xcd, 0xab, 0, 0]);
         assert_eq!(&bytes[bytes.len() - 16..bytes.len() - 8], &[6, 0, 0, 0, 12, 0, 0, 0]);
     }
 

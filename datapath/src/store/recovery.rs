@@ -539,6 +539,10 @@ fn apply_batch(
             *promise = entry.epoch.max(*promise);
             continue;
         }
+        if entry.kind == EntryKind::Fill {
+            recovered.volumes[volume].note_fill(&entry, batch.number);
+            continue;
+        }
         let end = u64::from(entry.block) + u64::from(entry.count);
         if end > recovered.volumes[volume].size_blocks {
             continue;
@@ -549,10 +553,14 @@ fn apply_batch(
             let frame = leaf_at_hand(reader, recovered, volume, block / LEAF_BLOCKS)?;
             let place = batch.run.place.plus(1 + view.payload_index + index);
             let new = match entry.kind {
-                EntryKind::Data | EntryKind::Move => Mapping { place, crc: view.checksum(index) },
-                EntryKind::Zero | EntryKind::Trim => Mapping { place: Place::NONE, crc: 0 },
+                EntryKind::Data | EntryKind::Move | EntryKind::CopyData => {
+                    Mapping { place, crc: view.checksum(index) }
+                }
+                EntryKind::Zero | EntryKind::Trim | EntryKind::CopyZero => {
+                    Mapping { place: Place::NONE, crc: 0 }
+                }
                 EntryKind::Lost => Mapping { place: Place::LOST, crc: 0 },
-                EntryKind::Promise | EntryKind::Leaf | EntryKind::Checkpoint => continue,
+                EntryKind::Promise | EntryKind::Fill | EntryKind::Leaf | EntryKind::Checkpoint => continue,
             };
             let offset = block % LEAF_BLOCKS;
             let conditional = matches!(entry.kind, EntryKind::Move | EntryKind::Lost);

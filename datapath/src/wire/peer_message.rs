@@ -5,7 +5,7 @@
 //!    0  magic "BRTP"            4                          body: CRC32C of each payload block, 4 bytes each;
 //!    4  version 1               1                                for HELLO its own fields
 //!    5  kind                    1                          payload: the blocks, 4096 bytes each
-//!    6  change kind             1  (CHANGE, FETCHED)
+//!    6  change kind             1  (CHANGE, FETCHED, COPY)
 //!    7  unused                  1
 //!    8  CRC32C of header and body  4  (this field as zero)
 //!   12  body bytes              4
@@ -76,6 +76,25 @@ impl ChangeHeader {
     #[must_use]
     pub fn payload_blocks(&self) -> u32 {
         if self.kind == ChangeKind::Data { self.count } else { 0 }
+    }
+}
+
+/// Blocks copied from one replica to another, without their content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyHeader {
+    /// Do they hold data, which comes as payload? If not they read as zeroes.
+    pub data: bool,
+    /// First block.
+    pub block: u32,
+    /// How many; at most a piece if there is a payload.
+    pub count: u32,
+}
+
+impl CopyHeader {
+    /// Blocks that come with it.
+    #[must_use]
+    pub fn payload_blocks(&self) -> u32 {
+        if self.data { self.count } else { 0 }
     }
 }
 
@@ -158,6 +177,55 @@ pub enum PeerMessage {
         /// Which.
         sequence: u64,
     },
+    /// The head is going to fill the member: whatever it holds, its order goes on after this stamp. Changes follow at once,
+    /// copies when the member has stored this.
+    Fill {
+        /// By whose authority.
+        epoch: u32,
+        /// The change before the first that will follow.
+        after: Stamp,
+        /// Tells this fill from the epoch's others. The messages below repeat it.
+        fill: u64,
+    },
+    /// The member has stored that.
+    Filling {
+        /// What the member promised.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
+    },
+    /// Blocks as the head's own replica holds them: with payload, or zeroes.
+    Copy {
+        /// By whose authority.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
+        /// Which blocks, all of one leaf of the map.
+        copy: CopyHeader,
+    },
+    /// So many of the fill's copies have been taken care of.
+    Copied {
+        /// What the member promised.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
+        /// How many since it began.
+        copies: u32,
+    },
+    /// That was the last copy.
+    Filled {
+        /// By whose authority.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
+    },
+    /// The member has everything up to the last copy on stable media, and has stored that it is complete.
+    Complete {
+        /// What the member promised.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
+    },
     /// The head asks for leave to answer reads without asking again.
     Lease {
         /// Whose.
@@ -196,6 +264,12 @@ mod kind {
     pub(super) const FETCH_GONE: u8 = 10;
     pub(super) const LEASE: u8 = 11;
     pub(super) const LEASED: u8 = 12;
+    pub(super) const FILL: u8 = 13;
+    pub(super) const FILLING: u8 = 14;
+    pub(super) const COPY: u8 = 15;
+    pub(super) const COPIED: u8 = 16;
+    pub(super) const FILLED: u8 = 17;
+    pub(super) const COMPLETE: u8 = 18;
 }
 
 /// The header's fields that messages use, whatever they mean to each.
@@ -255,6 +329,7 @@ impl PeerFrame {
             PeerMessage::Change { change, .. } | PeerMessage::Fetched { change, .. } => {
                 change.payload_blocks()
             }
+            PeerMessage::Copy { copy, .. } => copy.payload_blocks(),
             _ => 0,
         }
     }
@@ -268,6 +343,7 @@ impl PeerFrame {
 
     fn words(&self) -> Words {
         let plain = |kind, epoch| Words { kind, epoch, ..Words::default() };
+        let of_fill = |kind, epoch, fill| Words { number: fill, ..plain(kind, epoch) };
         let of_change = |words: Words, change: ChangeHeader| Words {
             change: change_code(change.kind),
             block: change.block,
@@ -297,6 +373,21 @@ impl PeerFrame {
             PeerMessage::Leased { epoch, asked_ns } => {
                 Words { number: asked_ns, ..plain(kind::LEASED, epoch) }
             }
+            PeerMessage::Fill { epoch, after, fill } => {
+                Words { stamp: after, ..of_fill(kind::FILL, epoch, fill) }
+            }
+            PeerMessage::Filling { epoch, fill } => of_fill(kind::FILLING, epoch, fill),
+            PeerMessage::Copy { epoch, fill, copy } => Words {
+                change: change_code(if copy.data { ChangeKind::Data } else { ChangeKind::Zero }),
+                block: copy.block,
+                count: copy.count,
+                ..of_fill(kind::COPY, epoch, fill)
+            },
+            PeerMessage::Copied { epoch, fill, copies } => {
+                Words { count: copies, ..of_fill(kind::COPIED, epoch, fill) }
+            }
+            PeerMessage::Filled { epoch, fill } => of_fill(kind::FILLED, epoch, fill),
+            PeerMessage::Complete { epoch, fill } => of_fill(kind::COMPLETE, epoch, fill),
         }
     }
 
@@ -381,8 +472,30 @@ impl Words {
             kind::FETCH_GONE => PeerMessage::FetchGone { epoch, sequence: number },
             kind::LEASE => PeerMessage::Lease { epoch, asked_ns: number },
             kind::LEASED => PeerMessage::Leased { epoch, asked_ns: number },
+            kind::FILL if stamp.epoch > epoch => return Err(WireError::Range),
+            kind::FILL => PeerMessage::Fill { epoch, after: stamp, fill: number },
+            kind::FILLING => PeerMessage::Filling { epoch, fill: number },
+            kind::COPY => PeerMessage::Copy { epoch, fill: number, copy: self.copy()? },
+            kind::COPIED => PeerMessage::Copied { epoch, fill: number, copies: self.count },
+            kind::FILLED => PeerMessage::Filled { epoch, fill: number },
+            kind::COMPLETE => PeerMessage::Complete { epoch, fill: number },
             _ => return Err(WireError::Kind),
         })
+    }
+
+    /// A copy of sense: some blocks of one leaf, and no trim, which leaves zeroes like any other.
+    fn copy(self) -> Result<CopyHeader, WireError> {
+        let data = match change_of_code(self.change)? {
+            ChangeKind::Data => true,
+            ChangeKind::Zero => false,
+            ChangeKind::Trim => return Err(WireError::Range),
+        };
+        let most = if data { PIECE_BLOCKS_MAX } else { RELEASED_BLOCKS_MAX };
+        let one_leaf = self.count <= RELEASED_BLOCKS_MAX - self.block % RELEASED_BLOCKS_MAX;
+        if !(1..=most).contains(&self.count) || !one_leaf {
+            return Err(WireError::Range);
+        }
+        Ok(CopyHeader { data, block: self.block, count: self.count })
     }
 
     /// A change of sense: some blocks, and a predecessor that can have come before it.

@@ -129,8 +129,18 @@ impl Cluster {
     /// # Panics
     /// If that is refused.
     pub fn make_volume(&self, name: &str, size_mib: u64) {
+        self.make_volume_with(name, size_mib, "");
+    }
+
+    /// The same with more arguments for the command.
+    ///
+    /// # Panics
+    /// If that is refused.
+    pub fn make_volume_with(&self, name: &str, size_mib: u64, more: &str) {
         let on: Vec<&str> = self.nodes.iter().map(|node| node.name.as_str()).collect();
-        run(&mut self.ctl.command(&format!("volume create {name} --size {size_mib}M --on {}", on.join(","))));
+        let on = on.join(",");
+        let words = format!("volume create {name} --size {size_mib}M --on {on} {more}");
+        run(&mut self.ctl.command(words.trim_end()));
     }
 
     /// The URI of a volume on a node.

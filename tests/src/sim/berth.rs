@@ -66,6 +66,8 @@ impl BerthSubject {
             sequence: 0,
             identity: [u8::try_from(index).expect("few volumes"); 16],
             promise: 0,
+            order_from: 0,
+            filling: false,
             name: volume.name.clone(),
         }
     }

@@ -14,11 +14,12 @@
 //! | bringing | changes that some lack are fetched from one that has them and sent to the others, in order | all are equal |
 //! | starting | the compare-and-swap that starts the epoch with exactly these members is under way | the record is read |
 //! | waiting | leases that members had granted to an earlier head run out | the first of them has: that head cannot read |
-//! | serving | changes are numbered, sent and committed; members that fail are removed | a later epoch |
+//! | serving | changes are numbered, sent and committed; members that fail are removed, and brought back one by one (`fill`) | a later epoch |
 //!
 //! The outcome of a compare-and-swap is known only from reading the record. Until then both records count: what is
 //! acknowledged, everybody in either must have (the union rule).
 
+mod fill;
 mod peers;
 mod serve;
 mod view;
@@ -27,6 +28,7 @@ use super::bugs::{Bugs, PlantedBug};
 use crate::record::{NodeId, Record, Stamp};
 use crate::units::Moment;
 use crate::wire::peer_message::ChangeHeader;
+use fill::Fills;
 use peers::{Peer, Peers};
 use std::collections::VecDeque;
 
@@ -68,6 +70,40 @@ pub enum HeadEffect {
         epoch: u32,
         /// Which.
         sequence: u64,
+    },
+    /// Tell a replica that it will be filled.
+    Fill {
+        /// Whom.
+        member: NodeId,
+        /// By which authority.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
+        /// The changes after it will be sent.
+        after: Stamp,
+    },
+    /// Read blocks from the own replica, send them to the replica that is filled, and call [`Head::copy_sent`] or
+    /// [`Head::copy_failed`].
+    Copy {
+        /// Whom.
+        member: NodeId,
+        /// By which authority.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
+        /// First block.
+        block: u32,
+        /// How many: at most a piece, of one leaf.
+        count: u32,
+    },
+    /// Tell it that this was all.
+    Filled {
+        /// Whom.
+        member: NodeId,
+        /// By which authority.
+        epoch: u32,
+        /// Which fill.
+        fill: u64,
     },
     /// Ask a member for a lease.
     Lease {
@@ -132,6 +168,7 @@ struct Lead {
     window: VecDeque<Windowed>,
     peers: Peers,
     ask_leases_at: Moment,
+    fills: Fills,
 }
 
 #[derive(Debug)]
@@ -147,6 +184,8 @@ pub struct Head {
     node: NodeId,
     record: Record,
     role: Role,
+    /// Nodes with a replica to which there is a connection.
+    reachable: Vec<NodeId>,
     effects: VecDeque<HeadEffect>,
     bugs: Bugs,
 }
@@ -155,7 +194,14 @@ impl Head {
     /// The head that this node could be.
     #[must_use]
     pub fn new(node: NodeId, record: Record) -> Head {
-        Head { node, record, role: Role::Idle, effects: VecDeque::new(), bugs: Bugs::none() }
+        Head {
+            node,
+            record,
+            role: Role::Idle,
+            reachable: Vec::new(),
+            effects: VecDeque::new(),
+            bugs: Bugs::none(),
+        }
     }
 
     /// Plants a mistake.
@@ -237,14 +283,15 @@ impl Head {
             Role::Idle => format!("no head; record {:?}", self.record),
             Role::Proposing { wanted, .. } => format!("proposing epoch {}", wanted.epoch),
             Role::Lead(lead) => format!(
-                "epoch {} {:?}, committed {} of {:?}, open {:?}, in sync {:?}, {:?}",
+                "epoch {} {:?}, committed {} of {:?}, open {:?}, in sync {:?}, {:?}, {:?}",
                 lead.epoch,
                 lead.stage,
                 lead.committed,
                 lead.last,
                 lead.open.as_ref().map(|(record, _)| &record.in_sync),
                 self.record.in_sync,
-                lead.peers
+                lead.peers,
+                lead.fills
             ),
         }
     }

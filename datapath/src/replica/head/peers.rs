@@ -44,19 +44,12 @@ pub(super) struct Peers(Vec<Peer>);
 
 impl Peers {
     pub(super) fn new(now: Moment, nodes: &[NodeId]) -> Peers {
-        let peer = |node: &NodeId| Peer {
-            node: *node,
-            phase: Phase::Away,
-            since: now,
-            asked_at: now,
-            reported: None,
-            grants_until: Moment::default(),
-            acked: 0,
-            acked_at: now,
-            sent: 0,
-            leased_until: Moment::default(),
-        };
-        Peers(nodes.iter().map(peer).collect())
+        Peers(nodes.iter().map(|node| Peer::new(now, *node)).collect())
+    }
+
+    pub(super) fn add(&mut self, now: Moment, node: NodeId) {
+        assert!(self.get(node).is_none(), "{node:?} is a peer");
+        self.0.push(Peer::new(now, node));
     }
 
     pub(super) fn get(&self, node: NodeId) -> Option<&Peer> {
@@ -94,6 +87,21 @@ impl Peers {
 }
 
 impl Peer {
+    fn new(now: Moment, node: NodeId) -> Peer {
+        Peer {
+            node,
+            phase: Phase::Away,
+            since: now,
+            asked_at: now,
+            reported: None,
+            grants_until: Moment::default(),
+            acked: 0,
+            acked_at: now,
+            sent: 0,
+            leased_until: Moment::default(),
+        }
+    }
+
     /// When to ask it once more for its promise, if that is awaited.
     pub(super) fn is_to_be_asked_at(&self) -> Option<Moment> {
         (self.phase == Phase::Asked).then(|| self.asked_at.after_ns(PROMISE_AGAIN_NS))

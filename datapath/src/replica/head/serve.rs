@@ -42,14 +42,18 @@ impl Head {
 
     /// There is a connection to a member.
     pub fn member_up(&mut self, now: Moment, member: NodeId) {
+        self.note_reachable(now, member, true);
         let Role::Lead(lead) = &mut self.role else { return };
         let Some(peer) = lead.peers.get_mut(member) else { return };
         peer.enter(Phase::Asked, now);
+        // Whatever was sent before may never have arrived.
+        peer.sent = 0;
         self.effects.push_back(HeadEffect::Promise { member, epoch: lead.epoch });
     }
 
     /// The connection to a member is gone, and with it whatever was on its way.
     pub fn member_down(&mut self, now: Moment, member: NodeId) {
+        self.note_reachable(now, member, false);
         let Role::Lead(lead) = &mut self.role else { return };
         let Some(peer) = lead.peers.get_mut(member) else { return };
         peer.enter(Phase::Away, now);
@@ -109,10 +113,11 @@ impl Head {
     }
 
     /// A lease that was asked for at `asked`.
-    pub fn leased(&mut self, member: NodeId, epoch: u32, asked: Moment) {
+    pub fn leased(&mut self, now: Moment, member: NodeId, epoch: u32, asked: Moment) {
         let Role::Lead(lead) = &mut self.role else { return };
         if let Some(peer) = lead.peers.get_mut(member).filter(|_| lead.epoch == epoch) {
             peer.leased_until = peer.leased_until.max(asked.after_ns(LEASE_NS - LEASE_DRIFT_NS));
+            self.advance_fill(now);
         }
     }
 
@@ -142,7 +147,11 @@ impl Head {
                 let following = lead.peers.iter().filter(|peer| peer.phase == Phase::Following);
                 following.map(|peer| peer.node).collect()
             }
-            _ => lead.needed(&self.record, self.bugs),
+            _ => {
+                let mut needed = lead.needed(&self.record, self.bugs);
+                needed.extend(lead.fills.awaited());
+                needed
+            }
         };
         let through = lead.peers.acked_by_all(&needed);
         while lead.window.front().is_some_and(|first| first.change.stamp.sequence <= through) {
@@ -151,14 +160,18 @@ impl Head {
             self.effects.push_back(HeadEffect::Committed { sequence: lead.committed, cookie });
         }
         self.bring_on(now);
+        self.advance_fill(now);
     }
 
     /// Somebody changed the record within the epoch, most often this head.
     pub(super) fn record_changed(&mut self, now: Moment) {
+        self.fill_recorded(now);
         let Role::Lead(lead) = &mut self.role else { return };
         let record = &self.record;
-        lead.peers.keep(|peer| record.is_in_sync(peer.node));
+        let Lead { peers, fills, .. } = &mut **lead;
+        peers.keep(|peer| record.is_in_sync(peer.node) || fills.is_of(peer.node));
         self.commit(now);
+        self.begin_fill(now);
     }
 
     /// Time has passed: see [`Self::poll_timeout`].
@@ -170,6 +183,8 @@ impl Head {
         self.serve_if_waited(now);
         self.ask_for_leases(now);
         self.remove_failed(now);
+        self.give_up_fill(now);
+        self.begin_fill(now);
     }
 
     fn propose_again(&mut self, now: Moment) {
@@ -259,7 +274,7 @@ impl Head {
             None
         };
         let ask = lead.peers.iter().filter_map(super::Peer::is_to_be_asked_at).min();
-        again.into_iter().chain(stage).chain(removal).chain(ask).min()
+        again.into_iter().chain(stage).chain(removal).chain(ask).chain(self.poll_fill_timeout()).min()
     }
 }
 

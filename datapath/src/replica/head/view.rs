@@ -1,5 +1,6 @@
 //! Becoming the head: the two compare-and-swaps and what lies between them.
 
+use super::fill::Fills;
 use super::peers::Phase;
 use super::{
     GATHER_PATIENCE_NS, Head, HeadEffect, Lead, MEMBER_PATIENCE_NS, PROPOSE_AGAIN_NS, Peers, Role, Stage,
@@ -36,6 +37,7 @@ impl Head {
             return;
         }
         self.record = record.clone();
+        self.reachable = record.replicas().into_iter().filter(|node| connected(*node)).collect();
         match &mut self.role {
             Role::Idle => {}
             Role::Proposing { wanted, .. } => {
@@ -74,6 +76,7 @@ impl Head {
             window: VecDeque::new(),
             peers: Peers::new(now, &record.in_sync),
             ask_leases_at: now,
+            fills: Fills::new(now),
         };
         self.role = Role::Lead(Box::new(lead));
         for member in self.record.in_sync.clone() {
@@ -86,7 +89,15 @@ impl Head {
     /// A member's promise and position. `granted_ns` is how long it must honour a lease granted to an earlier head.
     pub fn promised(&mut self, now: Moment, member: NodeId, epoch: u32, last: Stamp, granted_ns: u64) {
         let Role::Lead(lead) = &mut self.role else { return };
-        let Some(peer) = lead.peers.get_mut(member).filter(|_| lead.epoch == epoch) else { return };
+        if lead.epoch != epoch || self.filled_promised(now, member) {
+            return;
+        }
+        let Role::Lead(lead) = &mut self.role else { return };
+        let Some(peer) = lead.peers.get_mut(member) else { return };
+        if last.sequence < peer.sent {
+            // An answer to an earlier question: changes were sent meanwhile. It will be asked again.
+            return;
+        }
         peer.enter(Phase::Following, now);
         peer.reported = Some(last);
         peer.grants_until = now.after_ns(granted_ns);

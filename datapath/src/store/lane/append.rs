@@ -433,10 +433,10 @@ impl Lane {
         for (view, record) in entries.zip(&batch.records) {
             let place = batch.payload.plus(view.payload_index);
             match view.entry.kind {
-                EntryKind::Data => {
+                EntryKind::Data | EntryKind::CopyData => {
                     self.apply_change(&view.entry, record, place, |index| view.checksum(index))
                 }
-                EntryKind::Zero | EntryKind::Trim => {
+                EntryKind::Zero | EntryKind::Trim | EntryKind::CopyZero => {
                     self.apply_change(&view.entry, record, Place::NONE, |_| 0);
                 }
                 EntryKind::Move => {
@@ -447,6 +447,7 @@ impl Lane {
                     self.apply_move(&view.entry, record, Mapping { place: Place::LOST, crc: 0 });
                 }
                 EntryKind::Promise => self.apply_promise(&view.entry, record, batch.number),
+                EntryKind::Fill => self.apply_fill(&view.entry, record, batch.number),
                 EntryKind::Leaf => self.apply_leaf(&view.entry, record, place, view.checksum(0)),
                 EntryKind::Checkpoint => self.apply_body(&view.entry, place),
             }

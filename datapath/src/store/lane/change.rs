@@ -7,7 +7,7 @@ use crate::limits::EXACT_RECEIVE_BYTES_MIN;
 use crate::memory::Memory;
 use crate::record::Stamp;
 use crate::request::RequestError;
-use crate::store::batch::{Entry, EntryKind};
+use crate::store::batch::{Entry, EntryKind, FILL_BEGINS};
 use crate::store::layout::Place;
 use crate::store::map::{FrameIndex, LEAF_BLOCKS, Presence};
 use crate::units::{BLOCK_BYTES, MemoryRange};
@@ -243,6 +243,11 @@ impl Lane {
         let change = self.changes.get(index);
         let (cookie, durable, frames, payload) =
             (change.cookie, change.durable, change.frames, change.payload);
+        if kind == EntryKind::CopyZero && frames[0].is_none() {
+            // Nothing was ever there.
+            self.complete(cookie, Ok(()));
+            return Verdict::Appended;
+        }
         let new_blocks = if payload.is_some() { self.count_new_blocks(range, frames) } else { 0 };
         if stamp.is_none() && !self.has_room_for(new_blocks) {
             if self.unapplied_new_blocks == 0 {
@@ -299,7 +304,7 @@ impl Lane {
         index: u32,
     ) -> Result<(), Verdict> {
         let Change { range, kind, stamp, .. } = *self.changes.get(index);
-        if kind == EntryKind::Promise {
+        if kind.is_about_the_volume() {
             return Ok(());
         }
         for (which, leaf) in leaves_of(range).enumerate() {
@@ -311,6 +316,7 @@ impl Lane {
             }
             let frame = match self.map.find(range.volume, leaf) {
                 Presence::Here(frame) => frame,
+                Presence::Nowhere if kind == EntryKind::CopyZero => continue,
                 // No checkpoint will ever make room for it: a replica that cannot take a change has failed.
                 Presence::Nowhere if !self.map.has_room_for_leaf() && stamp.is_some() => {
                     return Err(Verdict::Refused(RequestError::Io));
@@ -411,7 +417,8 @@ impl Lane {
     }
 
     fn note_numbered(&mut self, range: BlockRange, entry: &Entry, new_blocks: u32) {
-        if entry.kind != EntryKind::Promise {
+        let begins_to_fill = entry.kind == EntryKind::Fill && entry.count == FILL_BEGINS;
+        if entry.kind.is_change() || begins_to_fill {
             let stamp = Stamp { epoch: entry.epoch, sequence: entry.sequence };
             self.volumes[range.volume as usize].numbered = stamp;
         }

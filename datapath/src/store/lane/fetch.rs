@@ -17,7 +17,7 @@ use super::{Context, DiskEffect, DiskToken, Lane, Operation};
 use crate::checksum::crc32c;
 use crate::memory::Memory;
 use crate::record::{ChangeKind, Stamp};
-use crate::store::batch::{BatchHeader, Descriptor, EntryView};
+use crate::store::batch::{BatchHeader, Descriptor, Entry, EntryKind, EntryView, FILL_BEGINS};
 use crate::store::layout::{Place, SegmentIndex};
 use crate::store::segment::SegmentState;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
@@ -267,11 +267,12 @@ impl Lane {
         let Some(descriptor) = decoded.filter(|found| self.counts(index, found)) else {
             return self.leave_segment_searched(index);
         };
-        let number = self.volumes[self.fetches.get(index).volume as usize].record.number;
+        let record = &self.volumes[self.fetches.get(index).volume as usize].record;
+        let (number, order_from) = (record.number, record.order_from);
         let fetch = self.fetches.get_mut(index);
         let link = Link { header: descriptor.header, crc: descriptor.crc };
         (fetch.link, fetch.expected) = (Some(link), None);
-        match sight(&descriptor, number, fetch.sequence) {
+        match sight(&descriptor, number, fetch.sequence, order_from) {
             Sighting::Here(view) => self.fetch_found(index, &view, link),
             Sighting::Passed if fetch.follows => self.search_log(index),
             Sighting::Passed if fetch.saw_earlier => self.end_fetch(index, FetchOutcome::Gone),
@@ -437,11 +438,22 @@ impl Link {
     }
 }
 
-/// Looks for a change in a batch. The second half of one that was cut in two lies behind its beginning.
-fn sight<'a>(descriptor: &Descriptor<'a>, volume: u32, sequence: u64) -> Sighting<'a> {
-    let mut earlier = false;
+/// Looks for a change in a batch. The second half of one that was cut in two lies behind its beginning. What was there
+/// before the volume began to be filled may bear the same numbers and is of another order.
+fn sight<'a>(descriptor: &Descriptor<'a>, volume: u32, sequence: u64, order_from: u64) -> Sighting<'a> {
+    if descriptor.header.number < order_from {
+        return Sighting::Later { earlier: true };
+    }
+    let begins = |view: &EntryView<'_>| {
+        let Entry { kind, volume: its, count, .. } = view.entry;
+        its == volume && kind == EntryKind::Fill && count == FILL_BEGINS
+    };
+    let restarts = descriptor.header.number == order_from;
+    let last = descriptor.entries().enumerate().filter(|(_, view)| restarts && begins(view)).last();
+    let mut earlier = last.is_some();
     let changes = descriptor
         .entries()
+        .skip(last.map_or(0, |(index, _)| index + 1))
         .filter(|view| view.entry.volume == volume && change_of_entry(view.entry.kind).is_some());
     for view in changes {
         let found = view.entry.sequence;

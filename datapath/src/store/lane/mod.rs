@@ -14,6 +14,7 @@ mod change;
 mod checkpoint;
 mod cleaner;
 mod fetch;
+mod fill;
 mod leaf;
 mod read;
 mod stamped;

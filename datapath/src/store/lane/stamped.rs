@@ -60,16 +60,16 @@ impl Numbering {
 /// The order of a volume's numbered changes, and what it rests on.
 #[derive(Debug, Default)]
 pub(super) struct Order {
-    /// Changes and promises that are not in the log yet.
-    queue: VecDeque<u32>,
+    /// Changes, copies and promises that are not in the log yet.
+    pub(super) queue: VecDeque<u32>,
     /// The last change taken in.
-    taken: Stamp,
+    pub(super) taken: Stamp,
     /// A change could not be appended: none behind it can be, before it comes again.
-    broken: bool,
+    pub(super) broken: bool,
     /// The promise that is on stable media.
     promised: u32,
     /// Size in the checkpoint that stands in all four roots; nothing if none names the volume.
-    lasting_blocks: Option<u64>,
+    pub(super) lasting_blocks: Option<u64>,
     /// Where the last fetch ended.
     pub(super) fetch_cursor: Option<super::fetch::FetchCursor>,
 }
@@ -180,7 +180,7 @@ impl Lane {
         volume.order.lasting_blocks == Some(volume.record.size_blocks)
     }
 
-    fn enqueue<M: Memory>(&mut self, context: &mut Context<'_, M>, change: Change) {
+    pub(super) fn enqueue<M: Memory>(&mut self, context: &mut Context<'_, M>, change: Change) {
         let volume = change.range.volume;
         let index = self.changes.insert(change);
         let queue = &mut self.volumes[volume as usize].order.queue;

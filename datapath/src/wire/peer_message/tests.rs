@@ -10,6 +10,8 @@ const CHANGE: ChangeHeader = ChangeHeader {
     previous: Stamp { epoch: 2, sequence: STAMP.sequence - 1 },
 };
 
+const COPY: CopyHeader = CopyHeader { data: true, block: 1022, count: 2 };
+
 fn frame(message: PeerMessage) -> PeerFrame {
     PeerFrame { volume: VolumeNumber(9), message }
 }
@@ -27,11 +29,18 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::FetchGone { epoch: 4, sequence: 8 },
         PeerMessage::Lease { epoch: 4, asked_ns: 99 },
         PeerMessage::Leased { epoch: 4, asked_ns: 99 },
+        PeerMessage::Fill { epoch: 4, after: STAMP, fill: 6 },
+        PeerMessage::Filling { epoch: 4, fill: 6 },
+        PeerMessage::Copy { epoch: 4, fill: 6, copy: CopyHeader { data: false, block: 512, count: 512 } },
+        PeerMessage::Copied { epoch: 4, fill: 6, copies: 77 },
+        PeerMessage::Filled { epoch: 4, fill: 6 },
+        PeerMessage::Complete { epoch: 4, fill: 6 },
     ];
     let hello = Hello { node: NodeId(3), boot: 0x1122, features: 1 };
     let mut all: Vec<_> = plain.map(|message| (frame(message), Vec::new())).into();
     all.push((PeerFrame { volume: VolumeNumber(0), message: PeerMessage::Hello(hello) }, Vec::new()));
     all.push((frame(PeerMessage::Change { epoch: 4, change: CHANGE, committed: 8 }), vec![0xaabb, 0xccdd]));
+    all.push((frame(PeerMessage::Copy { epoch: 4, fill: 6, copy: COPY }), vec![1, 2]));
     all.push((frame(PeerMessage::Fetched { epoch: 4, change: CHANGE }), vec![1, 2]));
     all
 }
@@ -68,6 +77,43 @@ fn a_change_keeps_its_bytes() {
     ];
     assert_eq!(bytes, golden.concat());
     assert_eq!(bytes[8..12], 0xd270_ae2e_u32.to_be_bytes());
+}
+
+#[test]
+fn messages_of_a_fill_keep_their_bytes() {
+    let golden = |message, checksums: &[u32], kind: u8, change: u8, lengths: [u32; 2], rest: [u32; 9]| {
+        let bytes = encoded(frame(message), checksums);
+        let mut expected = b"BRTP\x01".to_vec();
+        expected.extend([kind, change, 0]);
+        expected.extend(&bytes[8..12]);
+        [&lengths[..], &[9, 4], &rest, checksums]
+            .concat()
+            .iter()
+            .for_each(|word| expected.extend(word.to_be_bytes()));
+        assert_eq!(bytes, expected, "{message:?}");
+    };
+    let fill = 0x5_0000_0006;
+    golden(
+        PeerMessage::Fill { epoch: 4, after: STAMP, fill },
+        &[],
+        13,
+        0,
+        [0, 0],
+        [0, 0, 3, 0x0102, 0x0304_0506, 0, 0, 5, 6],
+    );
+    let plain = |count| [0, count, 0, 0, 0, 0, 0, 5, 6];
+    golden(PeerMessage::Filling { epoch: 4, fill }, &[], 14, 0, [0, 0], plain(0));
+    golden(
+        PeerMessage::Copy { epoch: 4, fill, copy: COPY },
+        &[0xaabb, 0xccdd],
+        15,
+        1,
+        [8, 8192],
+        [1022, 2, 0, 0, 0, 0, 0, 5, 6],
+    );
+    golden(PeerMessage::Copied { epoch: 4, fill, copies: 77 }, &[], 16, 0, [0, 0], plain(77));
+    golden(PeerMessage::Filled { epoch: 4, fill }, &[], 17, 0, [0, 0], plain(0));
+    golden(PeerMessage::Complete { epoch: 4, fill }, &[], 18, 0, [0, 0], plain(0));
 }
 
 #[test]
@@ -117,6 +163,19 @@ fn fields_that_cannot_be_are_refused() {
     for edits in [&[(32, RELEASED_BLOCKS_MAX + 1)][..], &[(16, BLOCK_BYTES)]] {
         assert_eq!(PeerFrame::decode(&forged(released, &[], edits)), Err(WireError::Range), "{edits:?}");
     }
+    let copy = frame(PeerMessage::Copy { epoch: 4, fill: 6, copy: COPY });
+    let zeroes = CopyHeader { data: false, ..COPY };
+    let zeroes = frame(PeerMessage::Copy { epoch: 4, fill: 6, copy: zeroes });
+    let fill = frame(PeerMessage::Fill { epoch: 4, after: STAMP, fill: 6 });
+    // No blocks, more than came, two leaves, and beyond the last block.
+    for edits in [&[(32, 0)][..], &[(32, 3)], &[(28, 1023)], &[(28, u32::MAX)]] {
+        assert_eq!(PeerFrame::decode(&forged(copy, &[1, 2], edits)), Err(WireError::Range), "{edits:?}");
+    }
+    // More than a leaf, and a trim.
+    for edits in [&[(28, 512), (32, 513)][..], &[(32, u32::MAX)], &[(4, 0x010f_0400)]] {
+        assert_eq!(PeerFrame::decode(&forged(zeroes, &[], edits)), Err(WireError::Range), "{edits:?}");
+    }
+    assert_eq!(PeerFrame::decode(&forged(fill, &[], &[(36, 5)])), Err(WireError::Range), "a later epoch");
     let mut header = *encoded(change, &[1, 2]).first_chunk::<PEER_HEADER_BYTES>().unwrap();
     for (at, value, error) in
         [(0, 0, WireError::Magic), (4, 2 << 24, WireError::Kind), (12, u32::MAX, WireError::Range)]

@@ -4,6 +4,7 @@ use super::super::Shard;
 use crate::engine::ports::{ConnectionId, Effect};
 use crate::memory::Memory;
 use crate::record::NodeId;
+use crate::replica::head::Head;
 use crate::units::Moment;
 
 /// Before a node is called again after a failure: doubles up to the most.
@@ -82,12 +83,15 @@ impl Dials {
 }
 
 impl<M: Memory> Shard<M> {
-    /// Calls every node that an active head needs.
+    /// Calls every node that an active head needs: the replicas in sync, and once it serves those that it could bring back.
     pub(super) fn dial_members(&mut self) {
         let own = self.replication.node();
         let active = self.replication.replicas.iter().filter(|replica| replica.head.is_active());
-        let mut wanted: Vec<NodeId> =
-            active.flat_map(|replica| replica.head.record().in_sync.iter().copied()).collect();
+        let of_head = |head: &Head| match head.is_serving() {
+            true => head.record().replicas(),
+            false => head.record().in_sync.clone(),
+        };
+        let mut wanted: Vec<NodeId> = active.flat_map(|replica| of_head(&replica.head)).collect();
         wanted.sort_unstable();
         wanted.dedup();
         for node in wanted.into_iter().filter(|node| *node != own) {

@@ -2,6 +2,7 @@
 
 use super::super::Shard;
 use super::content::Content;
+use super::fill::CopyPiece;
 use super::{Leader, Replica};
 use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
@@ -72,6 +73,15 @@ impl<M: Memory> Shard<M> {
                 }
                 HeadEffect::Change { member, epoch, change } => {
                     self.send_change(index, member, epoch, change);
+                }
+                HeadEffect::Fill { member, epoch, fill, after } => {
+                    self.ask_member(index, member, PeerMessage::Fill { epoch, after, fill });
+                }
+                HeadEffect::Copy { member, epoch, fill, block, count } => {
+                    self.queue_copy(index, CopyPiece { member, epoch, fill, block, count });
+                }
+                HeadEffect::Filled { member, epoch, fill } => {
+                    self.ask_member(index, member, PeerMessage::Filled { epoch, fill });
                 }
                 HeadEffect::Committed { sequence, .. } | HeadEffect::Dropped { sequence } => {
                     let content = self.replication.replicas[index].contents.pop(sequence);
@@ -164,8 +174,11 @@ impl<M: Memory> Shard<M> {
             PeerMessage::Leased { epoch, asked_ns } => {
                 let late = self.replication.bugs.has(PlantedBug::LeaseFromReceipt);
                 let asked = if late { now } else { Moment(asked_ns) };
-                self.replication.replicas[index].head.leased(member, epoch, asked);
+                self.replication.replicas[index].head.leased(now, member, epoch, asked);
             }
+            PeerMessage::Filling { epoch, fill } => head.filling(now, member, epoch, fill),
+            PeerMessage::Copied { epoch, fill, copies } => head.copied(now, member, epoch, fill, copies),
+            PeerMessage::Complete { epoch, fill } => head.complete(now, member, epoch, fill),
             // The record will tell what has become of this head.
             PeerMessage::Refused { .. } => {}
             PeerMessage::Fetched { epoch, change } => {
@@ -230,6 +243,7 @@ impl<M: Memory> Shard<M> {
             self.let_go(content, Err(RequestError::ShuttingDown));
         }
         self.fail_held(index);
+        self.replication.replicas[index].waiting_copy = None;
         // The replica stays, and follows whoever leads.
         if self.replication.replicas[index].leader == Leader::ThisNode {
             self.replication.replicas[index].leader = Leader::Nobody;

@@ -3,6 +3,7 @@
 //! | | the caller's heads | the called node's members |
 //! |---|---|---|
 //! | send | promise, change, fetch, lease | promised, refused, ack, gap, fetched, gone, leased |
+//! | to fill | fill, copy, filled | filling, copied, complete |
 //!
 //! Whatever a correct node does not send ends the link. What was on its way is lost with it; heads ask again on the next.
 
@@ -173,13 +174,26 @@ impl<M: Memory> Shard<M> {
         checksums: &[u32],
         memory: MemoryRange,
     ) {
+        let blocks = memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES);
+        self.send_part(id, frame, checksums, blocks, memory);
+    }
+
+    /// Sends a message whose payload is a part of memory that others use too.
+    pub(super) fn send_part(
+        &mut self,
+        id: ConnectionId,
+        frame: PeerFrame,
+        checksums: &[u32],
+        blocks: MemoryRange,
+        memory: MemoryRange,
+    ) {
         if self.living_link(id).is_none() {
             return;
         }
         self.use_memory(memory);
         let link = self.link(id);
         link.output.append(|out| frame.encode(checksums, out));
-        link.output.append_data(memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES), Some(memory));
+        link.output.append_data(blocks, Some(memory));
         self.to_send.push(id);
     }
 

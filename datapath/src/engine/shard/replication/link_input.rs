@@ -203,6 +203,9 @@ impl<M: Memory> Shard<M> {
                 | PeerMessage::Fetched { .. }
                 | PeerMessage::FetchGone { .. }
                 | PeerMessage::Leased { .. }
+                | PeerMessage::Filling { .. }
+                | PeerMessage::Copied { .. }
+                | PeerMessage::Complete { .. }
         );
         match frame.message {
             PeerMessage::Hello(hello) => self.link_greeted(id, hello),

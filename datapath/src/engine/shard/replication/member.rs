@@ -24,7 +24,8 @@ impl<M: Memory> Shard<M> {
         if !lane.is_open() || lane.has_failed() || !lane.is_lasting(volume) {
             return;
         }
-        let mut member = Member::new(self.now, lane.promised(volume), lane.last_stamp(volume));
+        let mut member =
+            Member::new(self.now, lane.promised(volume), lane.last_stamp(volume), lane.is_filling(volume));
         let (now, node) = (self.now, self.replication.node());
         member.plant(now, self.replication.bugs);
         let replica = &mut self.replication.replicas[index];
@@ -55,7 +56,7 @@ impl<M: Memory> Shard<M> {
         self.ask_member_here(index, Leader::ThisNode, message, memory);
     }
 
-    fn drop_payload_of_peer(&mut self, memory: Option<MemoryRange>) {
+    pub(super) fn drop_payload_of_peer(&mut self, memory: Option<MemoryRange>) {
         if let Some(memory) = memory {
             self.give_back_for_peer(memory);
         }
@@ -89,6 +90,11 @@ impl<M: Memory> Shard<M> {
             (Step::Fetch(sequence), PeerMessage::Fetch { epoch, .. }) => {
                 self.fetch(index, asker, epoch, sequence);
             }
+            (Step::BeginFill { fill, after }, _) => self.begin_fill_here(index, fill, after),
+            (Step::Copy { fill, runs }, PeerMessage::Copy { copy, .. }) => {
+                return self.append_copy(index, asker, (fill, copy), &runs, memory);
+            }
+            (Step::EndFill { fill }, _) => self.end_fill_here(index, fill),
             (Step::Answer(answer), _) => self.send_answer(index, asker, answer),
             (Step::Violation, _) => match asker {
                 Leader::Link(id, _) => self.close_link(id),
@@ -155,7 +161,7 @@ impl<M: Memory> Shard<M> {
 
     /// The replica cannot go on: it steps out, and the head will go on without it. If that is here, another node's turn
     /// has come.
-    fn fail_member(&mut self, index: usize) {
+    pub(super) fn fail_member(&mut self, index: usize) {
         let now = self.now;
         let node = self.replication.node();
         let replica = &mut self.replication.replicas[index];
@@ -169,12 +175,12 @@ impl<M: Memory> Shard<M> {
     }
 
     /// Sends the leader what is due.
-    fn answer_leader(&mut self, index: usize) {
+    pub(super) fn answer_leader(&mut self, index: usize) {
         let now = self.now;
         let replica = &mut self.replication.replicas[index];
         let Some(member) = &mut replica.member else { return };
         let leader = replica.leader;
-        let due = [member.poll_report(now), member.poll_ack()];
+        let due = [member.poll_report(now), member.poll_ack(), member.poll_fill()];
         for answer in due.into_iter().flatten() {
             self.send_answer(index, leader, answer);
         }

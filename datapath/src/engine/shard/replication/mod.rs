@@ -10,6 +10,7 @@
 
 mod content;
 mod dial;
+mod fill;
 mod head;
 mod link;
 mod link_input;
@@ -32,6 +33,7 @@ use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 use content::{Contents, Users};
 use dial::Dials;
+use fill::CopyPiece;
 use link::Link;
 use reads::HeldRead;
 use std::collections::VecDeque;
@@ -92,6 +94,8 @@ struct Replica {
     contents: Contents,
     /// Reads that came back from the lane and may not be answered yet.
     held: Vec<HeldRead>,
+    /// What is to be copied to a replica that is filled, while there is no memory for it.
+    waiting_copy: Option<CopyPiece>,
 }
 
 /// What a lane does for a replica.
@@ -99,6 +103,10 @@ struct Replica {
 enum Work {
     Append { replica: usize, sequence: u64, lent: Option<MemoryRange>, pages: u32 },
     Promise { replica: usize, epoch: u32 },
+    BeginFill { replica: usize, fill: u64 },
+    EndFill { replica: usize, fill: u64 },
+    Copy { replica: usize, fill: u64, last: bool, lent: Option<MemoryRange>, pages: u32 },
+    CopyRead { replica: usize, piece: CopyPiece, memory: MemoryRange },
     Fetch { replica: usize, epoch: u32, sequence: u64, memory: MemoryRange, leader: Leader },
 }
 
@@ -124,6 +132,8 @@ pub(super) struct Replication {
     /// Pages with what came from other nodes, and how many that may be.
     peer_pages: u32,
     peer_pages_max: u32,
+    /// Fills that ended because the own replica could not be read.
+    copies_failed: u64,
 }
 
 impl Replication {
@@ -142,6 +152,7 @@ impl Replication {
             dials: Dials::default(),
             users: Users::new(if node.is_some() { memory_bytes } else { 0 }),
             peer_pages: 0,
+            copies_failed: 0,
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
     }
@@ -278,6 +289,8 @@ impl<M: Memory> Shard<M> {
             identity: record.lineage,
             name: record.name.clone(),
             promise: 0,
+            order_from: 0,
+            filling: false,
         };
         let own = &mut self.lanes[lane].lane;
         if known.is_none() {
@@ -313,6 +326,7 @@ impl<M: Memory> Shard<M> {
             leader: Leader::Nobody,
             contents: Contents::default(),
             held: Vec::new(),
+            waiting_copy: None,
         });
         index
     }
@@ -326,6 +340,7 @@ impl<M: Memory> Shard<M> {
         self.expire_greetings();
         for index in 0..self.replication.replicas.len() {
             self.start_member(index);
+            self.start_copy(index);
             self.take_over_if_asked(index);
             let now = self.now;
             let head = &mut self.replication.replicas[index].head;
@@ -351,6 +366,22 @@ impl<M: Memory> Shard<M> {
             }
             Work::Promise { replica, epoch } => {
                 self.finish_promise(replica, epoch, completion.result.is_ok());
+            }
+            Work::BeginFill { replica, fill } => {
+                self.finish_fill_mark(replica, fill, true, completion.result.is_ok());
+            }
+            Work::EndFill { replica, fill } => {
+                self.finish_fill_mark(replica, fill, false, completion.result.is_ok());
+            }
+            Work::Copy { replica, fill, last, lent, pages } => {
+                self.replication.peer_pages -= pages;
+                if let Some(memory) = lent {
+                    self.unuse(memory);
+                }
+                self.finish_copy(replica, fill, last, completion.result.is_ok());
+            }
+            Work::CopyRead { replica, piece, memory } => {
+                self.finish_copy_read(replica, piece, memory, completion);
             }
             Work::Fetch { .. } => unreachable!("fetches are polled"),
         }
@@ -414,6 +445,7 @@ impl<M: Memory> Shard<M> {
                 let _ = writeln!(out, "link {index}: {link:?}");
             }
         }
-        let _ = writeln!(out, "{:?}, peer pages {}", self.replication.dials, self.replication.peer_pages);
+        let Replication { dials, peer_pages, copies_failed, .. } = &self.replication;
+        let _ = writeln!(out, "{dials:?}, peer pages {peer_pages}, copies failed {copies_failed}");
     }
 }

@@ -2,6 +2,7 @@
 
 mod disk;
 mod fetch;
+mod fill;
 mod order;
 mod promise;
 
@@ -100,6 +101,8 @@ impl World {
             sequence: 0,
             identity: [1; 16],
             promise: 0,
+            order_from: 0,
+            filling: false,
             name: format!("volume {number}"),
         });
     }

@@ -1,0 +1,124 @@
+//! Filling a replica from another one: copies enter the log among the changes, in the order of the calls.
+//!
+//! ```text
+//!   queue:  fill begins (stamp) │ change │ copy │ copy │ change │ copy │ fill ends
+//!                               └─ recovery finds a prefix of this: filling, with the stamp of its last change
+//! ```
+//!
+//! What such a replica holds is no state that the volume ever had, until filling ends: some blocks are copied and some are
+//! not. Its stamp says only which changes it was given since filling began.
+
+use super::change::Change;
+use super::stamped::Numbering;
+use super::stream::Record;
+use super::{BlockRange, Context, Lane, Payload};
+use crate::limits::PIECE_BLOCKS_MAX;
+use crate::memory::Memory;
+use crate::record::Stamp;
+use crate::request::RequestError;
+use crate::store::batch::{Entry, EntryKind, FILL_BEGINS, FILL_ENDS};
+use crate::store::map::LEAF_BLOCKS;
+use crate::units::BLOCK_BYTES;
+
+impl Lane {
+    /// The volume is filled from now on, and its order goes on after `stamp`, wherever it was before. Answered like a
+    /// [promise](Self::promise).
+    ///
+    /// # Panics
+    /// If the volume is not [lasting](Self::is_lasting), or the lane numbers its changes itself.
+    pub fn restart_order<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        cookie: u32,
+        volume: u32,
+        stamp: Stamp,
+    ) {
+        let order = &mut self.volumes[volume as usize].order;
+        // What could not be appended is of no importance any more.
+        order.broken &= !order.queue.is_empty();
+        let taken = std::mem::replace(&mut order.taken, stamp);
+        if !self.enqueue_fill(context, cookie, volume, FILL_BEGINS, stamp) {
+            self.volumes[volume as usize].order.taken = taken;
+        }
+    }
+
+    /// The volume has been filled. Answered when that and all that was taken in before are on stable media, like a
+    /// [promise](Self::promise).
+    ///
+    /// # Panics
+    /// If the volume is not [lasting](Self::is_lasting), or the lane numbers its changes itself.
+    pub fn end_filling<M: Memory>(&mut self, context: &mut Context<'_, M>, cookie: u32, volume: u32) {
+        let stamp = self.last_stamp(volume);
+        self.enqueue_fill(context, cookie, volume, FILL_ENDS, stamp);
+    }
+
+    fn enqueue_fill<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        cookie: u32,
+        volume: u32,
+        count: u32,
+        stamp: Stamp,
+    ) -> bool {
+        let known = &mut self.volumes[volume as usize];
+        assert!(known.order.lasting_blocks.is_some(), "volume {volume} does not last");
+        known.numbering.choose(Numbering::ByStamps);
+        if self.failed || known.order.broken {
+            self.complete(cookie, Err(RequestError::Io));
+            return false;
+        }
+        let range = BlockRange { volume, block: 0, count };
+        self.enqueue(context, Change::new(cookie, EntryKind::Fill, range, None, true, Some(stamp)));
+        true
+    }
+
+    /// Appends blocks copied from another replica: `payload` if they hold data there, zeroes if not. They enter the log
+    /// behind the changes and copies taken in before, and are answered like [`Self::append`], also when none of them was
+    /// ever written here and zeroes need no place.
+    ///
+    /// # Panics
+    /// If the range touches two leaves or leaves the volume's lasting size, the lane numbers the volume's changes itself,
+    /// or the payload is not that of the range.
+    pub fn append_copy<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        cookie: u32,
+        range: BlockRange,
+        payload: Option<Payload>,
+    ) {
+        let fits = payload.is_none_or(|payload| {
+            payload.blocks().len == range.count * BLOCK_BYTES && range.count <= PIECE_BLOCKS_MAX
+        });
+        let end = u64::from(range.block) + u64::from(range.count);
+        let one_leaf = range.count > 0 && range.block % LEAF_BLOCKS + range.count <= LEAF_BLOCKS;
+        let volume = &mut self.volumes[range.volume as usize];
+        let inside = volume.order.lasting_blocks.is_some_and(|size| end <= size);
+        assert!(fits && one_leaf && inside, "a copy of {range:?}");
+        volume.numbering.choose(Numbering::ByStamps);
+        if self.failed || volume.order.broken {
+            if let Some(payload) = payload {
+                payload.let_go(context.pages);
+            }
+            return self.complete(cookie, Err(RequestError::Io));
+        }
+        let kind = if payload.is_some() { EntryKind::CopyData } else { EntryKind::CopyZero };
+        // A leaf with sequence 0 would count as one that never was.
+        let taken = volume.order.taken;
+        let stamp = Stamp { sequence: taken.sequence.max(1), ..taken };
+        self.enqueue(context, Change::new(cookie, kind, range, payload, true, Some(stamp)));
+    }
+
+    /// Is the volume being filled, so that what it holds is no state that it ever had?
+    #[must_use]
+    pub fn is_filling(&self, volume: u32) -> bool {
+        self.volumes[volume as usize].record.filling
+    }
+
+    /// The beginning or end of filling takes effect.
+    pub(super) fn apply_fill(&mut self, entry: &Entry, record: &Record, number: u64) {
+        let volume = &mut self.volumes[record.volume as usize];
+        volume.record.note_fill(entry, number);
+        // The log before the beginning is of another order.
+        volume.order.fetch_cursor = None;
+    }
+}
