@@ -111,7 +111,7 @@ fn options(arguments: &Arguments, first: u64, count: u64) -> Options {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "it says how many seeds it held in a second")]
+#[expect(clippy::disallowed_methods, reason = "a tool: says how many seeds it does per second")]
 fn run_cluster(arguments: &Arguments, first: u64, count: u64) -> ExitCode {
     let bugs = match replication_bugs(arguments.bug.as_deref()) {
         Ok(bugs) => bugs,

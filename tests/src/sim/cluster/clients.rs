@@ -112,6 +112,10 @@ impl World {
         if matches!(self.sessions[session].role, Role::Retired) {
             return;
         }
+        let rests_until_ns = self.volumes[self.sessions[session].volume].rests_until_ns;
+        if !self.sessions[session].reader && self.now_ns < rests_until_ns {
+            return self.plan_think(session, rests_until_ns - self.now_ns);
+        }
         if self.sessions[session].connected.is_none() {
             return self.connect(session);
         }
@@ -332,6 +336,16 @@ impl World {
         );
         self.nodes[at.node].at(self.now_ns).expect("a connection has a process").client_leaves(at.connection);
         self.forget_client(session, at);
+    }
+
+    /// Whoever writes to the volume leaves, and comes back later.
+    pub(super) fn rest_writers(&mut self, volume: usize, nanoseconds: u64) {
+        self.volumes[volume].rests_until_ns = self.now_ns + nanoseconds;
+        for session in 0..self.sessions.len() {
+            if !self.sessions[session].reader {
+                self.leave_and_return(session, volume);
+            }
+        }
     }
 
     /// About half of those who write to the volume go elsewhere; whoever reads stays.

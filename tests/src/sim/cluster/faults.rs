@@ -256,12 +256,20 @@ impl World {
         let Some(head) = self.records.get(volume).head else { return };
         let node = index(head.node);
         if self.random.percent(40) {
-            // First it hears late of what it was granted.
-            (0..self.nodes.len()).for_each(|other| self.blocks.set(other, node, true));
-            let delay = self.random.range(300 * MILLISECOND_NS..=2_700 * MILLISECOND_NS);
-            return self.after(delay, Happening::Undo(Fault::Late { volume, node }));
+            // First it hears late of what it was granted. Nobody writes meanwhile: a member that owes is removed.
+            let quiet_ns = 200 * MILLISECOND_NS;
+            let late_ns = self.random.range(300 * MILLISECOND_NS..=2_700 * MILLISECOND_NS);
+            self.rest_writers(volume, quiet_ns + late_ns + 30 * MILLISECOND_NS);
+            return self.after(quiet_ns, Happening::HoldUp { volume, node, late_ns });
         }
         self.cut_off(volume, node);
+    }
+
+    pub(super) fn hold_up(&mut self, volume: usize, node: usize, late_ns: u64) {
+        if self.stage == Stage::Working {
+            (0..self.nodes.len()).for_each(|other| self.blocks.set(other, node, true));
+            self.after(late_ns, Happening::Undo(Fault::Late { volume, node }));
+        }
     }
 
     pub(super) fn cut_off(&mut self, volume: usize, node: usize) {

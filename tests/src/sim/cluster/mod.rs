@@ -164,6 +164,7 @@ enum Happening {
     Think(usize),
     Fault(u64),
     Undo(Fault),
+    HoldUp { volume: usize, node: usize, late_ns: u64 },
     Split { volume: usize, node: usize },
     Start { node: usize, boots: u64 },
     Watch,
@@ -189,6 +190,8 @@ struct Volume {
     oracle: Oracle,
     /// Where clients go by themselves.
     home: usize,
+    /// Until then nobody changes it.
+    rests_until_ns: u64,
 }
 
 struct World {
@@ -271,7 +274,7 @@ impl World {
             let promises = Promises { durable_acks: true, atomic_window_bytes: u64::from(PIECE_BYTES_MAX) };
             let size_bytes = size_blocks * BLOCK_BYTES_U64;
             let oracle = Oracle::new(crate::to_u32(volume), size_bytes, promises);
-            volumes.push(Volume { name, size_bytes, oracle, home: index(replicas[0]) });
+            volumes.push(Volume { name, size_bytes, oracle, home: index(replicas[0]), rests_until_ns: 0 });
             records.push(record);
         }
         World {
@@ -368,6 +371,7 @@ impl World {
             Happening::Fault(number) if number == self.faults_made => self.fault(),
             Happening::Fault(_) => {}
             Happening::Undo(fault) => self.undo(fault),
+            Happening::HoldUp { volume, node, late_ns } => self.hold_up(volume, node, late_ns),
             Happening::Split { volume, node } => self.cut_off(volume, node),
             Happening::Start { node, boots } => {
                 if self.nodes[node].life.is_none() && self.nodes[node].boots == boots {
