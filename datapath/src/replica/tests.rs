@@ -497,6 +497,9 @@ impl World {
             for node in admitted {
                 assert!(before.catching_up.contains(&node), "{node:?} was not filled");
                 self.check_content(node);
+                let order = self.order_to(self.nodes[index(node)].last());
+                let has = |stamp: &Stamp| order.iter().any(|change| change.stamp == *stamp);
+                assert!(self.acked.iter().all(has), "{node:?} is admitted and lacks what was acknowledged");
                 self.admissions += 1;
             }
             assert_eq!(self.store.replicas(), before.replicas(), "a replica is listed once");
