@@ -189,7 +189,7 @@ pub fn summary(report: &Report) -> String {
 pub fn cluster_summary(report: &ClusterReport) -> String {
     format!(
         "{} requests, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
-         {} failovers, {} epochs, {} removals, {} record changes, {} commits, {} messages\n\
+         {} failovers, {} epochs, {} removals, {} admissions, {} record changes, {} commits, {} messages\n\
          {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas",
         report.clients.answers,
         report.clients.written_bytes >> 20,
@@ -199,6 +199,7 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.failovers,
         report.epochs,
         report.removals,
+        report.admissions,
         report.record_changes,
         report.commits,
         report.messages,

@@ -99,6 +99,8 @@ pub struct ClusterReport {
     pub epochs: u64,
     /// Members that were left out of their volume.
     pub removals: u64,
+    /// Replicas that came back.
+    pub admissions: u64,
     /// Changes that heads reported as committed.
     pub commits: u64,
     /// Parts of streams that one node received from another.
@@ -136,6 +138,7 @@ impl ClusterReport {
         self.failovers += other.failovers;
         self.epochs += other.epochs;
         self.removals += other.removals;
+        self.admissions += other.admissions;
         self.commits += other.commits;
         self.messages += other.messages;
         self.record_changes += other.record_changes;
@@ -482,6 +485,7 @@ impl World {
         self.report.failovers = self.records.started;
         self.report.epochs = self.records.all().iter().map(|record| u64::from(record.epoch)).sum();
         self.report.removals = self.records.removals;
+        self.report.admissions = self.records.admissions;
         self.report.record_changes = self.records.accepted;
         self.report.virtual_ns = self.now_ns - SECOND_NS;
         self.report.digest = trace::digest();

@@ -10,13 +10,14 @@ pub(super) struct Records {
     pub(super) accepted: u64,
     /// Members that were left out.
     pub(super) removals: u64,
+    pub(super) admissions: u64,
     /// Epochs that started.
     pub(super) started: u64,
 }
 
 impl Records {
     pub(super) fn new(records: Vec<Record>) -> Records {
-        Records { records, accepted: 0, removals: 0, started: 0 }
+        Records { records, accepted: 0, removals: 0, admissions: 0, started: 0 }
     }
 
     pub(super) fn get(&self, volume: usize) -> &Record {
@@ -35,7 +36,9 @@ impl Records {
         }
         assert_succession(present, proposed);
         self.accepted += 1;
-        self.removals += (present.in_sync.len() - proposed.in_sync.len()) as u64;
+        let (before, after) = (present.in_sync.len(), proposed.in_sync.len());
+        self.removals += before.saturating_sub(after) as u64;
+        self.admissions += after.saturating_sub(before) as u64;
         self.started += u64::from(proposed.started && proposed.epoch != present.last_started);
         self.records[volume] = proposed.clone();
         true
