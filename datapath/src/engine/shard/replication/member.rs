@@ -73,6 +73,15 @@ impl<M: Memory> Shard<M> {
         let replica = &mut self.replication.replicas[index];
         let theirs = if asker == Leader::ThisNode { None } else { memory };
         let Some(member) = &mut replica.member else { return self.drop_payload_of_peer(theirs) };
+        if let (PeerMessage::Change { change, .. }, Leader::Link(id, _)) = (message, asker) {
+            let served = &self.served[replica.served];
+            let size_blocks = self.lanes[served.lane].lane.volumes()[served.volume as usize].size_blocks();
+            if u64::from(change.block) + u64::from(change.count) > size_blocks {
+                // No head numbers what lies beyond the volume.
+                self.drop_payload_of_peer(theirs);
+                return self.close_link(id);
+            }
+        }
         let before = member.epoch();
         if asker != replica.leader && epoch_of_order(message) == Some(before) {
             // It went on its way before the head called again, and what it asks for has been asked for since.
