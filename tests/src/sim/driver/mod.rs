@@ -1,11 +1,15 @@
 //! The simulator's driver of an [`Engine`]: the counterpart of the reactor, with the rules of
 //! [`datapath::engine::ports`] as assertions.
 
+mod events;
+mod node;
+
 use datapath::engine::ports::{ConnectionId, DeviceIndex, Effect, Engine, Event, PeerAddress, Token};
 use datapath::limits::{CONNECTIONS_MAX, SEND_PIECES_MAX};
-use datapath::record::{NodeId, Record};
+use datapath::record::NodeId;
 use datapath::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 
+use self::events::{connection_of, note_event};
 use super::bytes::ByteQueue;
 use super::clock::Agenda;
 use super::disk::{Disk, OperationIndex};
@@ -181,36 +185,6 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         id
     }
 
-    /// There is a connection to another node: to the one that the engine called, or from one that called.
-    pub fn connect_node(&mut self, called: Option<NodeId>) -> ConnectionId {
-        let id = self.open_pipe();
-        self.tell(match called {
-            Some(node) => Event::PeerConnected { node, connection: id },
-            None => Event::PeerAccepted { connection: id },
-        });
-        id
-    }
-
-    /// The node that the engine called cannot be reached.
-    pub fn refuse_call(&mut self, node: NodeId) {
-        self.tell(Event::PeerUnreachable { node });
-    }
-
-    /// The engine reads a record.
-    pub fn tell_record(&mut self, record: Record) {
-        self.tell(Event::Record(Box::new(record)));
-    }
-
-    /// From now on calls of other nodes are the caller's to answer.
-    pub fn allow_calls(&mut self) {
-        self.calls = Some(Vec::new());
-    }
-
-    /// Whom the engine has called since the last time.
-    pub fn take_calls(&mut self) -> Vec<NodeId> {
-        self.calls.as_mut().map_or_else(Vec::new, std::mem::take)
-    }
-
     fn open_pipe(&mut self) -> ConnectionId {
         // A turn's events come in any order, so an id whose end is still to be told is not free.
         let asleep = self.asleep.iter().flat_map(|(_, events)| events);
@@ -239,34 +213,6 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             client_left: false,
         });
         id
-    }
-
-    /// When the next thing happens here, if the world does nothing before.
-    #[must_use]
-    pub fn next_moment(&self) -> Option<Moment> {
-        self.agenda.next_moment()
-    }
-
-    /// Time passes, but nothing happens before `moment`.
-    pub fn advance_to(&mut self, moment: Moment) {
-        self.agenda.advance_to(moment);
-    }
-
-    /// The engine's thread gets no time for so long. If `late`, it has just read its clock for a turn.
-    pub fn pause(&mut self, nanoseconds: u64, late: bool) {
-        if late {
-            self.sleep_ns = nanoseconds;
-            return self.plan_turn();
-        }
-        self.busy_until = self.busy_until.max(self.now().after_ns(nanoseconds));
-    }
-
-    /// Whoever is on the other side of a connection takes no bytes, or takes them again.
-    pub fn hold_reading(&mut self, id: ConnectionId, held: bool) {
-        let was_held = std::mem::replace(&mut self.connection(id).reading_paused, held);
-        if was_held && !held {
-            self.plan_delivery(id);
-        }
     }
 
     /// The client of a connection writes.
@@ -723,57 +669,4 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             self.agenda.after_ns(delay, Happening::Closed(id));
         }
     }
-}
-
-fn connection_of(event: &Event) -> Option<ConnectionId> {
-    match event {
-        Event::Accepted { connection, .. }
-        | Event::Received { connection, .. }
-        | Event::ReceivedExact { connection }
-        | Event::ReceiveEnded { connection }
-        | Event::HungUp { connection }
-        | Event::Sent { connection }
-        | Event::SendFailed { connection }
-        | Event::Closed { connection }
-        | Event::PeerAccepted { connection }
-        | Event::PeerConnected { connection, .. } => Some(*connection),
-        Event::DeviceDone { .. }
-        | Event::PeerUnreachable { .. }
-        | Event::Record(_)
-        | Event::Timeout
-        | Event::Drain => None,
-    }
-}
-
-fn note_event(now: Moment, event: &Event) {
-    let (label, numbers) = match event {
-        Event::Accepted { connection, .. } => ("accepted connection", [connection.0.into(), 0, 0]),
-        Event::Received { connection, memory, .. } => (
-            "received on connection, at, length",
-            [connection.0.into(), memory.start.into(), memory.len.into()],
-        ),
-        Event::ReceivedExact { connection } => {
-            ("received exactly on connection", [connection.0.into(), 0, 0])
-        }
-        Event::ReceiveEnded { connection } => ("receive ended on connection", [connection.0.into(), 0, 0]),
-        Event::HungUp { connection } => ("hung up connection", [connection.0.into(), 0, 0]),
-        Event::Sent { connection } => ("sent on connection", [connection.0.into(), 0, 0]),
-        Event::SendFailed { connection } => ("send failed on connection", [connection.0.into(), 0, 0]),
-        Event::Closed { connection } => ("closed connection", [connection.0.into(), 0, 0]),
-        Event::DeviceDone { token, result } => {
-            ("device done token, failed", [token.0.into(), u64::from(result.is_err()), 0])
-        }
-        Event::PeerAccepted { connection } => ("peer accepted connection", [connection.0.into(), 0, 0]),
-        Event::PeerConnected { node, connection } => {
-            ("peer connected node, connection", [node.0.into(), connection.0.into(), 0])
-        }
-        Event::PeerUnreachable { node } => ("peer unreachable node", [node.0.into(), 0, 0]),
-        Event::Record(record) => (
-            "record of volume, version, epoch",
-            [record.volume.0.into(), record.version, record.epoch.into()],
-        ),
-        Event::Timeout => ("timeout", [0; 3]),
-        Event::Drain => ("drain", [0; 3]),
-    };
-    trace::note(now, label, numbers);
 }

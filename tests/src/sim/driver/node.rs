@@ -1,0 +1,69 @@
+//! What a driver does besides when its engine is one node of several: the world decides about calls and records, and
+//! about whose turn it is.
+
+use datapath::engine::ports::{ConnectionId, Engine, Event};
+use datapath::record::{NodeId, Record};
+use datapath::units::Moment;
+
+use super::Driver;
+use crate::sim::memory::SimMemory;
+
+impl<E: Engine<Memory = SimMemory>> Driver<E> {
+    /// There is a connection to another node: to the one that the engine called, or from one that called.
+    pub fn connect_node(&mut self, called: Option<NodeId>) -> ConnectionId {
+        let id = self.open_pipe();
+        self.tell(match called {
+            Some(node) => Event::PeerConnected { node, connection: id },
+            None => Event::PeerAccepted { connection: id },
+        });
+        id
+    }
+
+    /// The node that the engine called cannot be reached.
+    pub fn refuse_call(&mut self, node: NodeId) {
+        self.tell(Event::PeerUnreachable { node });
+    }
+
+    /// The engine reads a record.
+    pub fn tell_record(&mut self, record: Record) {
+        self.tell(Event::Record(Box::new(record)));
+    }
+
+    /// From now on calls of other nodes are the caller's to answer.
+    pub fn allow_calls(&mut self) {
+        self.calls = Some(Vec::new());
+    }
+
+    /// Whom the engine has called since the last time.
+    pub fn take_calls(&mut self) -> Vec<NodeId> {
+        self.calls.as_mut().map_or_else(Vec::new, std::mem::take)
+    }
+
+    /// When the next thing happens here, if the world does nothing before.
+    #[must_use]
+    pub fn next_moment(&self) -> Option<Moment> {
+        self.agenda.next_moment()
+    }
+
+    /// Time passes, but nothing happens before `moment`.
+    pub fn advance_to(&mut self, moment: Moment) {
+        self.agenda.advance_to(moment);
+    }
+
+    /// The engine's thread gets no time for so long. If `late`, it has just read its clock for a turn.
+    pub fn pause(&mut self, nanoseconds: u64, late: bool) {
+        if late {
+            self.sleep_ns = nanoseconds;
+            return self.plan_turn();
+        }
+        self.busy_until = self.busy_until.max(self.now().after_ns(nanoseconds));
+    }
+
+    /// Whoever is on the other side of a connection takes no bytes, or takes them again.
+    pub fn hold_reading(&mut self, id: ConnectionId, held: bool) {
+        let was_held = std::mem::replace(&mut self.connection(id).reading_paused, held);
+        if was_held && !held {
+            self.plan_delivery(id);
+        }
+    }
+}
