@@ -501,9 +501,12 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
 
     /// Has the disk given cause for errors in this life?
     fn failed(&self) -> bool {
-        self.rotten
-            || self.driver.disk.counts.errors > self.errors_at_start
-            || self.driver.disk.counts.lies > 0
+        self.is_damaged() || self.driver.disk.counts.errors > self.errors_at_start
+    }
+
+    /// May something on the disk be other than what was written?
+    fn is_damaged(&self) -> bool {
+        self.rotten || self.driver.disk.counts.lies > 0
     }
 
     fn tolerance(&self) -> Tolerance {
@@ -511,7 +514,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             // Damaged blocks may have been given up when space was short.
             io: self.failed() || self.world.report.subject.lost_blocks > 0,
             // A block that cannot be read cannot be moved either, so damage takes space away.
-            no_space: self.world.setup.may_fill || self.rotten,
+            no_space: self.world.setup.may_fill || self.is_damaged(),
             shutting_down: self.stage == Stage::Draining,
         }
     }
