@@ -1,6 +1,7 @@
 //! Numbered changes keep their order, and what was answered is there.
 
 use super::*;
+use crate::store::lane::stream::StreamKind;
 use crate::store::map::LEAF_BLOCKS;
 
 const POLICIES: [AckPolicy; 2] = [AckPolicy::Device, AckPolicy::Durable];
@@ -254,4 +255,28 @@ fn a_volume_numbered_by_the_lane_takes_no_stamps() {
     world.run();
     let stamp = Stamp { epoch: 1, sequence: 2 };
     world.with_lane(|lane, context| lane.append(context, 1, ChangeKind::Trim, range, None, stamp));
+}
+
+#[test]
+fn a_run_that_is_cut_at_a_segments_end_keeps_its_leaves_wherever_the_cut_lies() {
+    // The cut lies before, at and behind the border of the two leaves that the run touches.
+    for left in [40, 99, 100, 101, 102, 160] {
+        let mut world = World::new(AckPolicy::Device, 40, 3);
+        world.append(ChangeKind::Data, 3000, 1, false);
+        world.run();
+        while world.lane.blocks_left(StreamKind::Client) > left {
+            let payload = (world.lane.blocks_left(StreamKind::Client) - left - 1).min(16);
+            let kind = if payload == 0 { ChangeKind::Trim } else { ChangeKind::Data };
+            world.append(kind, 3000, payload.max(1), false);
+            world.run();
+        }
+        world.append(ChangeKind::Data, LEAF_BLOCKS - 100, 200, left % 2 == 0);
+        world.run();
+        assert_eq!(world.lane.blocks_left(StreamKind::Client), 256 - 1 - (200 - (left - 1)));
+        world.lane.request_checkpoint();
+        world.run();
+        world.check();
+        world.lose_power();
+        world.check();
+    }
 }
