@@ -275,10 +275,8 @@ fn place_volumes(
             size_blocks,
             sequence: 0,
             identity: random_bytes().map_err(PoolsError::Random)?,
-            promise: 0,
-            order_from: 0,
-            filling: false,
             name: volume.name.to_string(),
+            ..VolumeRecord::default()
         });
     }
     Ok(wishes)

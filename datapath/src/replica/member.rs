@@ -160,7 +160,7 @@ impl Member {
             PeerMessage::Promise { epoch } => self.handle_promise(now, epoch),
             PeerMessage::Change { epoch, change, .. } => self.under(epoch, |member| member.take(change)),
             PeerMessage::Fetch { epoch, sequence } => self.under(epoch, |_| Step::Fetch(sequence)),
-            PeerMessage::Lease { epoch, asked_ns } => self.under(epoch, |member| {
+            PeerMessage::Lease { epoch, asked_ns, .. } => self.under(epoch, |member| {
                 member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
                 Step::Answer(PeerMessage::Leased { epoch, asked_ns })
             }),
@@ -468,7 +468,7 @@ mod tests {
     #[test]
     fn a_grant_is_told_to_the_next_head_and_assumed_after_a_start() {
         let mut member = following(1);
-        member.handle(Moment(1_000), PeerMessage::Lease { epoch: 1, asked_ns: 5 });
+        member.handle(Moment(1_000), PeerMessage::Lease { epoch: 1, asked_ns: 5, committed: 0 });
         member.handle(Moment(2_000), PeerMessage::Promise { epoch: 2 });
         member.promise_stored(2);
         let left = |report| match report {

@@ -224,14 +224,15 @@ impl World {
                     self.send(node, member, PeerMessage::Promise { epoch });
                 }
                 HeadEffect::Change { member, epoch, change } => {
-                    let committed = process.head.committed();
+                    let committed = process.head.settled();
                     self.send(node, member, PeerMessage::Change { epoch, change, committed });
                 }
                 HeadEffect::Fetch { member, epoch, sequence } => {
                     self.send(node, member, PeerMessage::Fetch { epoch, sequence });
                 }
                 HeadEffect::Lease { member, epoch } => {
-                    self.send(node, member, PeerMessage::Lease { epoch, asked_ns: now.0 });
+                    let committed = process.head.settled();
+                    self.send(node, member, PeerMessage::Lease { epoch, asked_ns: now.0, committed });
                 }
                 HeadEffect::Fill { member, epoch, fill, after } => {
                     self.send(node, member, PeerMessage::Fill { epoch, after, fill });

@@ -125,6 +125,9 @@ impl EntryKind {
 pub const FILL_BEGINS: u32 = 1;
 /// The count of an [`EntryKind::Fill`] with which it is complete.
 pub const FILL_ENDS: u32 = 2;
+/// The count of an [`EntryKind::Fill`] that comes before one with which filling begins, and whose stamp is the last change
+/// in common.
+pub const FILL_BASE: u32 = 3;
 
 /// An entry without its checksums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,22 +2,41 @@
 //!
 //! ```text
 //!   volumes 4, segments 4, then per volume:
-//!     number 4, epoch 4, size in blocks 8, sequence 8, identity 16, promise 4, order from 8, leaves 4,
-//!     filling 1, name length 1, name
-//!     per leaf:     leaf index 4, place 4, CRC32C 4, highest sequence 8
+//!     number 4, epoch 4, size in blocks 8, sequence 8, identity 16, promise 4, order from 8, order after 8,
+//!     base epoch 4, base sequence 8, kept segments 4, leaves 4, flags 1, name length 1, name
+//!     per kept segment:  segment 4, through sequence 8
+//!     per leaf:          leaf index 4, place 4, CRC32C 4, highest sequence 8
 //!   then per segment:  segment 4, live blocks 4, newest batch number 8
 //! ```
 //!
 //! Written in two copies; the root holds the CRC over the whole.
 
-use super::batch::{Entry, FILL_BEGINS};
+use super::batch::{Entry, FILL_BASE, FILL_BEGINS};
 use super::layout::{Place, SegmentIndex};
+use super::segment::SegmentTable;
 use crate::limits::{VOLUME_BYTES_MAX, VOLUME_NAME_BYTES_MAX};
 use crate::record::Stamp;
 use crate::units::BLOCK_BYTES_U64;
 
+/// Flag of a volume that is being filled.
+const FLAG_FILLING: u8 = 1;
+/// Flag of a volume whose changes a head numbers.
+const FLAG_REPLICATED: u8 = 2;
+/// [`KeptSegment::through`] of what is kept until filling ends.
+const UNTIL_FILLED: u64 = u64::MAX;
+
+/// A segment of the log with changes that may not be committed: another replica may still need them, and what they did
+/// may have to be undone here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeptSegment {
+    /// Which.
+    pub segment: SegmentIndex,
+    /// It is kept until the changes through this one are known to be committed. The highest number: until filling ends.
+    pub through: u64,
+}
+
 /// A volume as a checkpoint keeps it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VolumeRecord {
     /// Its number in the pool, never given out twice.
     pub number: u32,
@@ -34,27 +53,81 @@ pub struct VolumeRecord {
     /// Its changes in batches up to this one are of an order that it does not follow any more. In that batch itself only
     /// what lies behind the entry that begins to fill it counts.
     pub order_from: u64,
+    /// The sequence after which its order went on when it was last filled; 0 if it never was.
+    pub order_after: u64,
+    /// The last change that it had in common with the volume's order when it began to be filled.
+    pub base: Stamp,
     /// It is being filled: what it holds is no state that the volume ever had.
     pub filling: bool,
+    /// Its changes are numbered by a head, and committed when all replicas in sync have them.
+    pub replicated: bool,
+    /// What of the log is kept for changes that may not be committed, without regard to what lives there.
+    pub kept: Vec<KeptSegment>,
     /// Its name.
     pub name: String,
 }
 
 impl VolumeRecord {
-    /// An entry has taken effect. The cleaner's moves and the copies carry stamps too, but not of changes of their own.
-    pub(super) fn note_change(&mut self, entry: &Entry) {
-        if entry.kind.is_change() && entry.sequence > self.sequence {
+    /// An entry in this segment has taken effect. The cleaner's moves and the copies carry stamps too, but not of changes
+    /// of their own.
+    pub(super) fn note_change(
+        &mut self,
+        entry: &Entry,
+        segment: SegmentIndex,
+        segments: &mut SegmentTable,
+    ) {
+        if !entry.kind.is_change() {
+            return;
+        }
+        if entry.sequence > self.sequence {
             self.sequence = entry.sequence;
             self.epoch = entry.epoch;
         }
+        if !self.replicated {
+            return;
+        }
+        match self.kept.last_mut() {
+            Some(kept) if kept.segment == segment && kept.through != UNTIL_FILLED => {
+                kept.through = entry.sequence;
+            }
+            _ => {
+                self.kept.push(KeptSegment { segment, through: entry.sequence });
+                segments.keep(segment);
+            }
+        }
+    }
+
+    /// The changes through this one are committed: nobody needs them to be in the log any more.
+    pub(super) fn note_committed(&mut self, sequence: u64, segments: &mut SegmentTable) {
+        self.let_go(segments, |kept| kept.through <= sequence);
+    }
+
+    fn let_go(&mut self, segments: &mut SegmentTable, which: impl Fn(&KeptSegment) -> bool) {
+        self.kept.retain(|kept| {
+            let goes = which(kept);
+            if goes {
+                segments.stop_keeping(kept.segment);
+            }
+            !goes
+        });
     }
 
     /// An [`EntryKind::Fill`](super::batch::EntryKind::Fill) of this batch has taken effect.
-    pub(super) fn note_fill(&mut self, entry: &Entry, batch_number: u64) {
-        self.filling = entry.count == FILL_BEGINS;
-        if self.filling {
-            (self.epoch, self.sequence) = (entry.epoch, entry.sequence);
-            self.order_from = batch_number;
+    pub(super) fn note_fill(&mut self, entry: &Entry, batch_number: u64, segments: &mut SegmentTable) {
+        match entry.count {
+            FILL_BASE => self.base = Stamp { epoch: entry.epoch, sequence: entry.sequence },
+            FILL_BEGINS => {
+                self.filling = true;
+                (self.epoch, self.sequence) = (entry.epoch, entry.sequence);
+                (self.order_from, self.order_after) = (batch_number, entry.sequence);
+                // What is not of the order may have to be undone again, should this not come to its end.
+                self.kept.iter_mut().for_each(|kept| kept.through = UNTIL_FILLED);
+            }
+            _ => {
+                self.filling = false;
+                self.base = Stamp::default();
+                self.let_go(segments, |kept| kept.through == UNTIL_FILLED);
+            }
         }
     }
 
@@ -116,11 +189,22 @@ impl BodyWriter {
         self.bytes.extend(volume.identity);
         self.bytes.extend(volume.promise.to_le_bytes());
         self.bytes.extend(volume.order_from.to_le_bytes());
+        self.bytes.extend(volume.order_after.to_le_bytes());
+        self.bytes.extend(volume.base.epoch.to_le_bytes());
+        self.bytes.extend(volume.base.sequence.to_le_bytes());
+        let kept = u32::try_from(volume.kept.len()).expect("segments fit 32 bits");
+        self.bytes.extend(kept.to_le_bytes());
         self.leaves_at = self.bytes.len();
         self.bytes.extend(0_u32.to_le_bytes());
-        self.bytes.push(u8::from(volume.filling));
+        let filling = if volume.filling { FLAG_FILLING } else { 0 };
+        let replicated = if volume.replicated { FLAG_REPLICATED } else { 0 };
+        self.bytes.push(filling | replicated);
         self.bytes.push(name_bytes);
         self.bytes.extend(volume.name.as_bytes());
+        for kept in &volume.kept {
+            self.bytes.extend(kept.segment.0.to_le_bytes());
+            self.bytes.extend(kept.through.to_le_bytes());
+        }
     }
 
     /// Adds a leaf of the volume added last.
@@ -207,13 +291,19 @@ impl Input<'_> {
     fn volume(&mut self) -> Option<(VolumeRecord, Vec<LeafRecord>)> {
         let (number, epoch, size_blocks, sequence) = (self.u32()?, self.u32()?, self.u64()?, self.u64()?);
         let (identity, promise, order_from) = (self.take()?, self.u32()?, self.u64()?);
-        let (leaf_count, [filling, name_bytes]) = (self.u32()?, self.take()?);
+        let order_after = self.u64()?;
+        let base = Stamp { epoch: self.u32()?, sequence: self.u64()? };
+        let (kept_count, leaf_count, [flags, name_bytes]) = (self.u32()?, self.u32()?, self.take()?);
         let (name, tail) = self.0.split_at_checked(usize::from(name_bytes))?;
         self.0 = tail;
         let name = String::from_utf8(name.to_vec()).ok()?;
-        let sensible = filling <= 1
+        let sensible = flags & !(FLAG_FILLING | FLAG_REPLICATED) == 0
             && name.len() <= VOLUME_NAME_BYTES_MAX
             && size_blocks <= VOLUME_BYTES_MAX / BLOCK_BYTES_U64;
+        let mut kept = Vec::new();
+        for _ in 0..kept_count {
+            kept.push(KeptSegment { segment: SegmentIndex(self.u32()?), through: self.u64()? });
+        }
         let mut leaves = Vec::new();
         for _ in 0..leaf_count {
             leaves.push(LeafRecord {
@@ -223,7 +313,6 @@ impl Input<'_> {
                 sequence_max: self.u64()?,
             });
         }
-        let filling = filling == 1;
         let record = VolumeRecord {
             number,
             epoch,
@@ -232,7 +321,11 @@ impl Input<'_> {
             identity,
             promise,
             order_from,
-            filling,
+            order_after,
+            base,
+            filling: flags & FLAG_FILLING != 0,
+            replicated: flags & FLAG_REPLICATED != 0,
+            kept,
             name,
         };
         sensible.then_some((record, leaves))
@@ -252,7 +345,11 @@ mod tests {
             identity: [3; 16],
             promise: 7,
             order_from: 8,
+            order_after: 6,
+            base: Stamp { epoch: 9, sequence: 10 },
             filling: number == 1,
+            replicated: true,
+            kept: vec![KeptSegment { segment: SegmentIndex(6), through: 11 }],
             name: name.to_owned(),
         };
         let leaf = |leaf| LeafRecord { leaf, place: Place(77), crc: 0xabcd, sequence_max: 4 };
@@ -274,8 +371,11 @@ mod tests {
         let (body, bytes) = sample();
         assert_eq!(Body::decode(&bytes), Some(body));
         assert_eq!(&bytes[..12], &[2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
-        assert_eq!(&bytes[48..70], b"\x07\0\0\0\x08\0\0\0\0\0\0\0\x02\0\0\0\x01\x04data");
-        assert_eq!(&bytes[70..82], &[0, 0, 0, 0, 77, 0, 0, 0, 0xcd, 0xab, 0, 0]);
+        assert_eq!(&bytes[48..68], b"\x07\0\0\0\x08\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0");
+        assert_eq!(&bytes[68..84], b"\x09\0\0\0\x0a\0\0\0\0\0\0\0\x01\0\0\0");
+        assert_eq!(&bytes[84..94], b"\x02\0\0\0\x03\x04data");
+        assert_eq!(&bytes[94..106], b"\x06\0\0\0\x0b\0\0\0\0\0\0\0");
+        assert_eq!(&bytes[106..118], &[0, 0, 0, 0, 77, 0, 0, 0, 0xcd, 0xab, 0, 0]);
         assert_eq!(&bytes[bytes.len() - 16..bytes.len() - 8], &[6, 0, 0, 0, 12, 0, 0, 0]);
     }
 

@@ -16,7 +16,7 @@ use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
 
 const MAGIC: &[u8; 8] = b"BERTHPOL";
 /// The one version of the format that this code reads and writes.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 /// Copies of the header, and of each lane's root.
 pub const ANCHORS: u32 = 4;
 /// Lanes that fit: a root block for each, after the header, in the smallest segment.
@@ -268,7 +268,7 @@ mod tests {
             lanes: 4,
         };
         let block = layout.encode();
-        assert_eq!(&block[..12], b"BERTHPOL\x03\0\0\0");
+        assert_eq!(&block[..12], b"BERTHPOL\x04\0\0\0");
         assert_eq!(&block[16..44], b"0123456789abcdef\0\x04\0\0\0\x08\0\0\x04\0\0\0");
         assert!(block[44..].iter().all(|byte| *byte == 0));
         assert_eq!(Layout::decode(&block), Ok(layout));

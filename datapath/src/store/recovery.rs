@@ -253,6 +253,7 @@ fn read_body(reader: &mut impl PoolReader, layout: &Layout, root: &Root) -> Opti
     let body = root.body.iter().find_map(|copy| read_body_copy(reader, root, copy))?;
     let segments = layout.segments_in(reader.len_bytes());
     let inside = |place: Place| layout.segment_of(place).0 < segments;
+    let listed = |segment| body.segments.iter().any(|record| record.segment == segment);
     let sensible = body.segments.iter().all(|record| {
         record.segment.0 < segments
             && record.live_blocks <= layout.segment_blocks
@@ -260,6 +261,7 @@ fn read_body(reader: &mut impl PoolReader, layout: &Layout, root: &Root) -> Opti
     }) && root.map_end.0.0 < segments
         && root.cursors.iter().all(|cursor| cursor.segment.0.max(cursor.next_segment.0) < segments)
         && body.volumes.iter().flat_map(|(_, leaves)| leaves).all(|leaf| inside(leaf.place))
+        && body.volumes.iter().flat_map(|(record, _)| &record.kept).all(|kept| listed(kept.segment))
         && root.body.iter().flatten().flat_map(|run| run.places()).all(inside);
     sensible.then_some(body)
 }
@@ -297,6 +299,9 @@ fn restore(
     }
     let mut segments = SegmentTable::new(layout, layout.segments_in(reader.len_bytes()));
     body.segments.iter().for_each(|record| segments.restore(record));
+    for kept in volumes.iter().flat_map(|volume: &VolumeRecord| &volume.kept) {
+        segments.keep(kept.segment);
+    }
     for place in root.body.iter().flatten().flat_map(|run| run.places()) {
         segments.restore_found(layout.segment_of(place), 0);
         segments.add_live(place);
@@ -540,14 +545,14 @@ fn apply_batch(
             continue;
         }
         if entry.kind == EntryKind::Fill {
-            recovered.volumes[volume].note_fill(&entry, batch.number);
+            recovered.volumes[volume].note_fill(&entry, batch.number, &mut recovered.segments);
             continue;
         }
         let end = u64::from(entry.block) + u64::from(entry.count);
         if end > recovered.volumes[volume].size_blocks {
             continue;
         }
-        recovered.volumes[volume].note_change(&entry);
+        recovered.volumes[volume].note_change(&entry, batch.segment, &mut recovered.segments);
         for index in 0..entry.count {
             let block = entry.block + index;
             let frame = leaf_at_hand(reader, recovered, volume, block / LEAF_BLOCKS)?;

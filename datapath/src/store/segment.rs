@@ -35,6 +35,8 @@ struct Segment {
     readers: u32,
     /// Batches written but not yet applied to the map.
     unapplied: u32,
+    /// Volumes whose order may still need what is written in it.
+    keepers: u32,
     /// The cleaner has dealt with it and it waits for that to take effect, or holds what cannot be moved.
     cleaned: bool,
     /// The cleaner found damaged blocks and left them. When space is short it looks again, and gives them up if they
@@ -55,7 +57,7 @@ pub struct SegmentTable {
     still_read: Vec<SegmentIndex>,
     live_total: u64,
     owned: u32,
-    /// Sealed segments with nothing alive, including those in `still_read`.
+    /// Sealed segments with nothing alive and not kept, including those in `still_read`.
     dead: u32,
     /// Segments that the cleaner could not empty, because of damage, and the blocks that live in them.
     stuck: (u32, u64),
@@ -67,7 +69,7 @@ impl Segment {
     }
 
     fn is_dead(&self) -> bool {
-        self.state == SegmentState::Sealed && self.live == 0 && self.unapplied == 0
+        self.state == SegmentState::Sealed && self.live == 0 && self.unapplied == 0 && self.keepers == 0
     }
 }
 
@@ -76,6 +78,7 @@ const FOREIGN: Segment = Segment {
     live: 0,
     readers: 0,
     unapplied: 0,
+    keepers: 0,
     cleaned: false,
     damaged: false,
     of_clients: None,
@@ -242,6 +245,23 @@ impl SegmentTable {
         self.change(segment, |slot| {
             slot.unapplied = slot.unapplied.checked_sub(1).expect("a batch ends once");
         });
+    }
+
+    /// The segment is not to be freed, even if nothing lives in it.
+    pub fn keep(&mut self, segment: SegmentIndex) {
+        assert!(self.state(segment) != SegmentState::Foreign, "segment {segment:?} is kept by a lane that owns it");
+        self.change(segment, |slot| slot.keepers += 1);
+    }
+
+    /// Ends one [`Self::keep`].
+    pub fn stop_keeping(&mut self, segment: SegmentIndex) {
+        self.change(segment, |slot| slot.keepers = slot.keepers.checked_sub(1).expect("kept before"));
+    }
+
+    /// Is the segment kept even if nothing lives in it?
+    #[must_use]
+    pub fn is_kept(&self, segment: SegmentIndex) -> bool {
+        self.segments[segment.0 as usize].keepers > 0
     }
 
     /// A read of the segment begins: it must not be written meanwhile.

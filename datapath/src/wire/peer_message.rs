@@ -232,6 +232,8 @@ pub enum PeerMessage {
         epoch: u32,
         /// When it asked, by its own clock, in nanoseconds.
         asked_ns: u64,
+        /// Changes up to here are committed: the member's log need not keep them for others.
+        committed: u64,
     },
     /// Leave is granted.
     Leased {
@@ -369,7 +371,10 @@ impl PeerFrame {
             PeerMessage::FetchGone { epoch, sequence } => {
                 Words { number: sequence, ..plain(kind::FETCH_GONE, epoch) }
             }
-            PeerMessage::Lease { epoch, asked_ns } => Words { number: asked_ns, ..plain(kind::LEASE, epoch) },
+            PeerMessage::Lease { epoch, asked_ns, committed } => {
+                let stamp = Stamp { epoch: 0, sequence: committed };
+                Words { number: asked_ns, stamp, ..plain(kind::LEASE, epoch) }
+            }
             PeerMessage::Leased { epoch, asked_ns } => {
                 Words { number: asked_ns, ..plain(kind::LEASED, epoch) }
             }
@@ -470,7 +475,7 @@ impl Words {
             kind::FETCH => PeerMessage::Fetch { epoch, sequence: number },
             kind::FETCHED => PeerMessage::Fetched { epoch, change: self.change()? },
             kind::FETCH_GONE => PeerMessage::FetchGone { epoch, sequence: number },
-            kind::LEASE => PeerMessage::Lease { epoch, asked_ns: number },
+            kind::LEASE => PeerMessage::Lease { epoch, asked_ns: number, committed: stamp.sequence },
             kind::LEASED => PeerMessage::Leased { epoch, asked_ns: number },
             kind::FILL if stamp.epoch > epoch => return Err(WireError::Range),
             kind::FILL => PeerMessage::Fill { epoch, after: stamp, fill: number },

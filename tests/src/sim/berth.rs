@@ -65,10 +65,8 @@ impl BerthSubject {
             size_blocks: volume.size_bytes / BLOCK_BYTES_U64,
             sequence: 0,
             identity: [u8::try_from(index).expect("few volumes"); 16],
-            promise: 0,
-            order_from: 0,
-            filling: false,
             name: volume.name.clone(),
+            ..VolumeRecord::default()
         }
     }
 }

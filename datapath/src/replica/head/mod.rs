@@ -252,6 +252,14 @@ impl Head {
         self.lead().map_or(0, |lead| lead.committed)
     }
 
+    /// Changes up to here stay for ever, and members need not keep them in their logs for others. While a view changes that
+    /// is nothing: who takes part in the next attempt may lack what those of this one hold.
+    #[must_use]
+    pub fn settled(&self) -> u64 {
+        let serves = |lead: &&Lead| matches!(lead.stage, Stage::Waiting { .. } | Stage::Serving);
+        self.lead().filter(serves).map_or(0, |lead| lead.committed)
+    }
+
     /// Changes that are not committed, oldest first.
     pub fn pending(&self) -> impl Iterator<Item = &ChangeHeader> {
         self.lead().into_iter().flat_map(|lead| lead.window.iter().map(|windowed| &windowed.change))

@@ -9,7 +9,7 @@ use crate::memory::Memory;
 use crate::request::RequestError;
 use crate::store::batch::{BatchHeader, DescriptorWriter, Entry, EntryKind, own_entries};
 use crate::store::bugs::PlantedBug;
-use crate::store::layout::Place;
+use crate::store::layout::{Place, SegmentIndex};
 use crate::store::map::{FrameIndex, LEAF_BLOCKS, Mapping};
 use crate::store::recovery::LogEnd;
 use crate::store::root::LOGGED_STREAMS;
@@ -442,15 +442,16 @@ impl Lane {
         let stream = &mut self.streams[kind.index()];
         let mut batch = stream.under_way.pop_front().expect("a batch to apply");
         stream.applied = (batch.number, batch.crc);
+        let segment = batch.position.segment;
         let entries = own_entries(context.memory.bytes(batch.descriptor));
         for (view, record) in entries.zip(&batch.records) {
             let place = batch.payload.plus(view.payload_index);
             match view.entry.kind {
                 EntryKind::Data | EntryKind::CopyData => {
-                    self.apply_change(&view.entry, record, place, |index| view.checksum(index))
+                    self.apply_change(&view.entry, record, segment, place, |index| view.checksum(index));
                 }
                 EntryKind::Zero | EntryKind::Trim | EntryKind::CopyZero => {
-                    self.apply_change(&view.entry, record, Place::NONE, |_| 0);
+                    self.apply_change(&view.entry, record, segment, Place::NONE, |_| 0);
                 }
                 EntryKind::Move => {
                     let new = Mapping { place, crc: view.checksum(0) };
@@ -465,7 +466,7 @@ impl Lane {
                 EntryKind::Checkpoint => self.apply_body(&view.entry, place),
             }
         }
-        self.segments.end_batch(batch.position.segment);
+        self.segments.end_batch(segment);
         for record in batch.records.drain(..) {
             record.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
             self.unapplied_new_blocks -= u64::from(record.new_blocks);
@@ -482,8 +483,15 @@ impl Lane {
         self.release_batch_memory(context, batch.memory);
     }
 
-    fn apply_change(&mut self, entry: &Entry, record: &Record, place: Place, crc: impl Fn(u32) -> u32) {
-        self.volumes[record.volume as usize].record.note_change(entry);
+    fn apply_change(
+        &mut self,
+        entry: &Entry,
+        record: &Record,
+        segment: SegmentIndex,
+        place: Place,
+        crc: impl Fn(u32) -> u32,
+    ) {
+        self.volumes[record.volume as usize].record.note_change(entry, segment, &mut self.segments);
         let first_leaf = entry.block / LEAF_BLOCKS;
         for index in 0..entry.count {
             let block = entry.block + index;

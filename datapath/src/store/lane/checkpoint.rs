@@ -20,7 +20,7 @@ use crate::store::map::FrameIndex;
 use crate::store::recovery::Recovered;
 use crate::store::root::{Cursor, LOGGED_STREAMS, PlaceRun, Root};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Phase {
@@ -40,8 +40,8 @@ enum Phase {
 struct Cut {
     /// Live blocks of every segment of the pool, without those of the old checkpoint's body.
     live: Vec<u32>,
-    /// Segments that were sealed and fully in effect. Only these can be freed: any other may hold batches that
-    /// rolling forward from this cut must see.
+    /// Segments that were sealed and fully in effect, and not kept. Only these can be freed: any other may hold batches
+    /// that rolling forward from this cut must see, or is listed.
     settled: Vec<bool>,
     /// Segments that the cleaner had dealt with.
     cleaned: Vec<SegmentIndex>,
@@ -176,7 +176,8 @@ impl Lane {
         for place in checkpointer.old_body.iter().flatten().flat_map(|run| run.places()) {
             cut.live[self.config.layout.segment_of(place).0 as usize] -= 1;
         }
-        cut.settled = self.segments.indices().map(|segment| self.segments.is_settled(segment)).collect();
+        let may_go = |segment| self.segments.is_settled(segment) && !self.segments.is_kept(segment);
+        cut.settled = self.segments.indices().map(may_go).collect();
         cut.cleaned = self.segments.cleaned_and_live();
         cut.volumes = self.volumes.iter().map(|volume| volume.record.clone()).collect();
         cut.last_number = self.last_number;
@@ -266,9 +267,11 @@ impl Lane {
     /// All leaves are on the device (though not yet safe): the body is the state at the cut with their new places.
     fn encode_body(&mut self) {
         let cut = &self.checkpointer.cut;
+        let kept: BTreeSet<u32> =
+            cut.volumes.iter().flat_map(|volume| &volume.kept).map(|kept| kept.segment.0).collect();
         let listed: Vec<SegmentRecord> = (0..)
             .zip(&cut.live)
-            .filter(|(_, live)| **live > 0)
+            .filter(|(index, live)| **live > 0 || kept.contains(index))
             .map(|(index, live)| SegmentRecord {
                 segment: SegmentIndex(index),
                 live_blocks: *live,

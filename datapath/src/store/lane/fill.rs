@@ -117,7 +117,7 @@ impl Lane {
     /// The beginning or end of filling takes effect.
     pub(super) fn apply_fill(&mut self, entry: &Entry, record: &Record, number: u64) {
         let volume = &mut self.volumes[record.volume as usize];
-        volume.record.note_fill(entry, number);
+        volume.record.note_fill(entry, number, &mut self.segments);
         // The log before the beginning is of another order.
         volume.order.fetch_cursor = None;
     }

@@ -180,6 +180,11 @@ impl Lane {
         volume.order.lasting_blocks == Some(volume.record.size_blocks)
     }
 
+    /// The volume's changes through this one are committed, as its head told: the log need not keep them any more.
+    pub fn note_committed(&mut self, volume: u32, sequence: u64) {
+        self.volumes[volume as usize].record.note_committed(sequence, &mut self.segments);
+    }
+
     pub(super) fn enqueue<M: Memory>(&mut self, context: &mut Context<'_, M>, change: Change) {
         let volume = change.range.volume;
         let index = self.changes.insert(change);

@@ -27,7 +27,7 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::Gap { epoch: 4, last: STAMP },
         PeerMessage::Fetch { epoch: 4, sequence: 8 },
         PeerMessage::FetchGone { epoch: 4, sequence: 8 },
-        PeerMessage::Lease { epoch: 4, asked_ns: 99 },
+        PeerMessage::Lease { epoch: 4, asked_ns: 99, committed: 98 },
         PeerMessage::Leased { epoch: 4, asked_ns: 99 },
         PeerMessage::Fill { epoch: 4, after: STAMP, fill: 6 },
         PeerMessage::Filling { epoch: 4, fill: 6 },

@@ -69,7 +69,8 @@ impl<M: Memory> Shard<M> {
                 }
                 HeadEffect::Lease { member, epoch } => {
                     let asked_ns = self.now.0;
-                    self.ask_member(index, member, PeerMessage::Lease { epoch, asked_ns });
+                    let committed = self.replication.replicas[index].head.settled();
+                    self.ask_member(index, member, PeerMessage::Lease { epoch, asked_ns, committed });
                 }
                 HeadEffect::Change { member, epoch, change } => {
                     self.send_change(index, member, epoch, change);
@@ -115,7 +116,7 @@ impl<M: Memory> Shard<M> {
 
     fn send_change(&mut self, index: usize, member: NodeId, epoch: u32, change: ChangeHeader) {
         let replica = &self.replication.replicas[index];
-        let committed = replica.head.committed();
+        let committed = replica.head.settled();
         let message = PeerMessage::Change { epoch, change, committed };
         let content = replica.contents.get(change.stamp.sequence).expect("kept until it is committed");
         let memory = content.memory;

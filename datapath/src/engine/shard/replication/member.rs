@@ -92,7 +92,8 @@ impl<M: Memory> Shard<M> {
             replica.leader = asker;
         }
         match (step, message) {
-            (Step::Append, PeerMessage::Change { change, .. }) => {
+            (Step::Append, PeerMessage::Change { change, committed, .. }) => {
+                self.note_committed(index, committed);
                 return self.append_change(index, asker, change, memory);
             }
             (Step::StorePromise(epoch), _) => self.store_promise(index, epoch),
@@ -104,7 +105,12 @@ impl<M: Memory> Shard<M> {
                 return self.append_copy(index, asker, (fill, copy), &runs, memory);
             }
             (Step::EndFill { fill }, _) => self.end_fill_here(index, fill),
-            (Step::Answer(answer), _) => self.send_answer(index, asker, answer),
+            (Step::Answer(answer), _) => {
+                if let (PeerMessage::Lease { committed, .. }, PeerMessage::Leased { .. }) = (message, answer) {
+                    self.note_committed(index, committed);
+                }
+                self.send_answer(index, asker, answer);
+            }
             (Step::Violation, _) => match asker {
                 Leader::Link(id, _) => self.close_link(id),
                 Leader::ThisNode | Leader::Nobody => panic!("the own head sent {message:?}"),
@@ -112,6 +118,15 @@ impl<M: Memory> Shard<M> {
             _ => {}
         }
         self.drop_payload_of_peer(theirs);
+    }
+
+    /// The head that this member follows says so. What the member has not stored yet it may still have to get.
+    fn note_committed(&mut self, index: usize, committed: u64) {
+        let replica = &self.replication.replicas[index];
+        let stored = replica.member.as_ref().map_or(0, Member::durable);
+        let served = &self.served[replica.served];
+        let volume = served.volume;
+        self.lanes[served.lane].lane.note_committed(volume, committed.min(stored));
     }
 
     fn append_change(

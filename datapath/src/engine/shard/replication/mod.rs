@@ -288,9 +288,8 @@ impl<M: Memory> Shard<M> {
             sequence: 0,
             identity: record.lineage,
             name: record.name.clone(),
-            promise: 0,
-            order_from: 0,
-            filling: false,
+            replicated: true,
+            ..VolumeRecord::default()
         };
         let own = &mut self.lanes[lane].lane;
         if known.is_none() {

@@ -195,6 +195,37 @@ fn a_segment_that_is_read_is_not_written_again() {
 }
 
 #[test]
+fn what_may_not_be_committed_stays_in_the_log() {
+    for ack in [AckPolicy::Durable, AckPolicy::Device] {
+        let mut world = World::new(ack, 60, 31);
+        for sequence in 1..=5 {
+            world.append(ChangeKind::Data, 0, 200, sequence % 2 == 0);
+        }
+        world.append(ChangeKind::Trim, 0, 200, false);
+        world.run();
+        world.commits = false;
+        // All of it is overwritten, and checkpoints that name none of it follow, also after restarts.
+        for round in 0..30 {
+            world.append(if round % 3 == 0 { ChangeKind::Trim } else { ChangeKind::Data }, 0, 200, false);
+            world.lane.request_checkpoint();
+            world.run();
+            if round % 8 == 5 {
+                world.lose_power();
+            }
+        }
+        let last = world.lane.last_stamp(0).sequence;
+        assert!(last >= 36 - 4, "what was answered is there");
+        assert!((7..=last).all(|sequence| world.fetch(sequence)));
+        assert!(!world.fetch(1), "what was committed made room");
+        world.check();
+        world.lane.note_committed(0, last - 1);
+        world.lane.request_checkpoint();
+        world.run();
+        assert!(!world.fetch(last - 8) && world.fetch(last));
+    }
+}
+
+#[test]
 fn a_rotten_payload_is_gone_and_small_memory_is_told() {
     let mut world = World::new(AckPolicy::Durable, 40, 2);
     world.append(ChangeKind::Data, 0, 50, false);

@@ -61,6 +61,8 @@ struct World {
     /// All changes of the order, the one with sequence n at n - 1.
     made: Vec<Made>,
     epoch: u32,
+    /// What is answered counts as committed.
+    commits: bool,
 }
 
 impl World {
@@ -86,6 +88,7 @@ impl World {
             lent_at: PAGES_BYTES,
             made: Vec::new(),
             epoch: 1,
+            commits: true,
         };
         world.put_volume(5);
         world.run();
@@ -100,10 +103,9 @@ impl World {
             size_blocks: VOLUME_BLOCKS,
             sequence: 0,
             identity: [1; 16],
-            promise: 0,
-            order_from: 0,
-            filling: false,
+            replicated: true,
             name: format!("volume {number}"),
+            ..VolumeRecord::default()
         });
     }
 
@@ -146,6 +148,9 @@ impl World {
             free: u32::try_from(free).unwrap(),
             ..PoolShare::default()
         });
+        if self.commits {
+            self.lane.note_committed(0, self.answered());
+        }
         self.with_lane(Lane::upkeep);
         let mut moved = self.lane.wants_turn();
         while let Some(effect) = self.lane.poll_effect() {
