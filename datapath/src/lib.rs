@@ -4,7 +4,7 @@
 //!
 //! | floor | modules | what lives there |
 //! |---|---|---|
-//! | 0 | [`units`], [`limits`], [`request`], [`record`], [`checksum`], [`memory`] | the words of the domain |
+//! | 0 | [`units`], [`limits`], [`request`], [`record`], [`block_set`], [`checksum`], [`memory`] | the words of the domain |
 //! | 1 | [`wire`] | byte layouts of the protocols, as pure encoders and decoders |
 //! | 2 | [`session`], [`store`], [`replica`] | state machines; they do not know each other |
 //! | 3 | [`engine`] | joins the machines into a shard, one event at a time |
@@ -14,6 +14,7 @@
 //! moment and carries out the effects that come back. There are two drivers, the [`reactor`] and the
 //! simulator of the `system-tests` package, and both run the same machines.
 
+pub mod block_set;
 pub mod checksum;
 pub mod engine;
 pub mod limits;

@@ -74,6 +74,9 @@ pub struct EpochEnd {
     pub sequence: u64,
 }
 
+/// Ends of epochs that a record keeps: a replica that has missed more is copied whole.
+pub const EPOCH_ENDS_KEPT: usize = 64;
+
 /// What the record store keeps of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
@@ -161,6 +164,25 @@ impl Record {
         all
     }
 
+    /// The last change that a replica surely has in common with the volume's order, if `last` is its own last change, or,
+    /// where it was being filled, what it had in common then. Nothing: [`Stamp::default`].
+    ///
+    /// Where an epoch from the replica's own on has ended before the replica did, all it has beyond that end is of no
+    /// order. A replica that is not in sync was so when the ends that are recorded began to be, unless they were too many
+    /// to keep.
+    #[must_use]
+    pub fn common_point(&self, last: Stamp) -> Stamp {
+        let oldest = self.epoch_ends.first().map_or(0, |end| end.epoch);
+        if self.epoch_ends.len() >= EPOCH_ENDS_KEPT && last.epoch < oldest {
+            return Stamp::default();
+        }
+        let ends = self.epoch_ends.iter().filter(|end| end.epoch >= last.epoch);
+        match ends.min_by_key(|end| end.sequence) {
+            Some(end) if end.sequence < last.sequence => Stamp { epoch: end.epoch, sequence: end.sequence },
+            _ => last,
+        }
+    }
+
     /// The last sequence of an epoch, if it served and has ended.
     #[must_use]
     pub fn end_of(&self, epoch: u32) -> Option<u64> {
@@ -179,6 +201,24 @@ mod tests {
         assert_eq!((record.min_in_sync, record.epoch, record.started), (2, 0, false));
         assert!(record.is_in_sync(NodeId(2)) && !record.is_in_sync(NodeId(4)));
         assert_eq!(record.replicas(), record.in_sync);
+    }
+
+    #[test]
+    fn what_is_common_ends_where_an_epoch_did() {
+        let stamp = |epoch, sequence| Stamp { epoch, sequence };
+        let mut record = Record::new(VolumeNumber(7), "data", [1; 16], 100, &[NodeId(1), NodeId(2)]);
+        assert_eq!(record.common_point(stamp(3, 9)), stamp(3, 9), "the epoch goes on");
+        let end = |epoch, sequence| EpochEnd { epoch, sequence };
+        record.epoch_ends = vec![end(2, 10), end(5, 20), end(6, 20)];
+        assert_eq!(record.common_point(stamp(2, 8)), stamp(2, 8));
+        assert_eq!(record.common_point(stamp(2, 13)), stamp(2, 10));
+        assert_eq!(record.common_point(stamp(1, 13)), stamp(2, 10));
+        // A failed attempt at epoch 3 left nothing; the surplus is of epoch 2 all the same.
+        assert_eq!(record.common_point(stamp(4, 21)), stamp(5, 20));
+        assert_eq!(record.common_point(stamp(7, 30)), stamp(7, 30));
+        record.epoch_ends = (0..64).map(|index| end(10 + index, 100 + u64::from(index))).collect();
+        assert_eq!(record.common_point(stamp(9, 50)), stamp(0, 0), "older than what is known");
+        assert_eq!(record.common_point(stamp(10, 50)), stamp(10, 50));
     }
 
     #[test]

@@ -3,12 +3,9 @@
 //! Live changes and copies reach it over one connection and mix freely. A change always wins over a copy: it is as new as
 //! the copy or newer, or one that comes later will be.
 
+use crate::block_set::BlockSet;
 use crate::record::Stamp;
 use crate::wire::peer_message::CopyHeader;
-use std::collections::BTreeMap;
-
-/// Blocks that one set of bits covers: those of a leaf of the map.
-const SET_BLOCKS: u32 = 512;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -17,6 +14,8 @@ pub(super) struct Filling {
     pub(super) fill: u64,
     /// The order goes on after it.
     pub(super) after: Stamp,
+    /// What the replica held had this much in common with the order.
+    pub(super) base: Stamp,
     /// Its beginning is on stable media.
     pub(super) stored: bool,
     /// The end is being stored: no copy comes any more.
@@ -27,41 +26,34 @@ pub(super) struct Filling {
     pub(super) filling_due: bool,
     /// A count of copies is owed.
     pub(super) copied_due: bool,
-    /// Blocks that were written since, one bit each.
-    written: BTreeMap<u32, [u64; SET_BLOCKS as usize / 64]>,
+    /// Blocks that were written since.
+    written: BlockSet,
 }
 
 impl Filling {
-    pub(super) fn new(fill: u64, after: Stamp) -> Filling {
+    pub(super) fn new(fill: u64, after: Stamp, base: Stamp) -> Filling {
         Filling {
             fill,
             after,
+            base,
             stored: false,
             ending: false,
             copies: 0,
             filling_due: false,
             copied_due: false,
-            written: BTreeMap::new(),
+            written: BlockSet::default(),
         }
     }
 
     /// A live change of these blocks.
     pub(super) fn note_change(&mut self, block: u32, count: u32) {
-        for block in block..block + count {
-            let set = self.written.entry(block / SET_BLOCKS).or_default();
-            set[(block % SET_BLOCKS / 64) as usize] |= 1 << (block % 64);
-        }
-    }
-
-    fn is_written(&self, block: u32) -> bool {
-        let set = self.written.get(&(block / SET_BLOCKS));
-        set.is_some_and(|set| set[(block % SET_BLOCKS / 64) as usize] >> (block % 64) & 1 == 1)
+        self.written.insert(block, count);
     }
 
     /// The runs of a copy that no live change has written: first block and count.
     pub(super) fn uncovered(&self, copy: CopyHeader) -> Vec<(u32, u32)> {
         let mut runs: Vec<(u32, u32)> = Vec::new();
-        for block in (copy.block..copy.block + copy.count).filter(|block| !self.is_written(*block)) {
+        for block in (copy.block..copy.block + copy.count).filter(|block| !self.written.contains(*block)) {
             match runs.last_mut() {
                 Some((first, count)) if *first + *count == block => *count += 1,
                 _ => runs.push((block, 1)),
@@ -73,7 +65,7 @@ impl Filling {
     /// Nothing of it is needed any more but the answers.
     pub(super) fn end(&mut self) {
         self.ending = true;
-        self.written = BTreeMap::new();
+        self.written = BlockSet::default();
     }
 }
 
@@ -83,7 +75,7 @@ mod tests {
 
     #[test]
     fn a_copy_is_cut_around_what_was_written() {
-        let mut filling = Filling::new(1, Stamp::default());
+        let mut filling = Filling::new(1, Stamp::default(), Stamp::default());
         let copy = |block, count| CopyHeader { data: true, block, count };
         assert_eq!(filling.uncovered(copy(500, 12)), [(500, 12)]);
         filling.note_change(510, 4);

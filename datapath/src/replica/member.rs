@@ -14,11 +14,13 @@
 //! | change | refused | appended, acknowledged or answered with the position | a violation: heads ask for the promise first |
 //! | fetch | refused | read from the log | a violation |
 //! | lease | refused | granted | a violation |
+//! | compare | refused | answered with what its log changed after the stamp named there | a violation |
 //! | fill | refused | its order goes on after the stamp named there | a violation |
 //! | copy, filled | refused | taken, if they are of the last fill | a violation |
 //!
 //! A member that was found half filled at its start holds no order at all: it takes changes again after the next fill has
-//! begun.
+//! begun. Until it is complete it reports what it had in common with the order when filling began: all that it has beyond
+//! is compared or copied again.
 
 use super::bugs::{Bugs, PlantedBug};
 use super::fill::Filling;
@@ -36,13 +38,23 @@ pub enum Step {
     StorePromise(u32),
     /// Append the change, in the order of these calls, then call [`Member::appended`].
     Append,
-    /// Append nothing of what came before any more: store that the order goes on after `after`, then call
-    /// [`Member::fill_stored`].
+    /// Find out which blocks the log changed after `base` without its being known that they are committed; call
+    /// [`Member::compared`] if that is possible, and answer.
+    Compare {
+        /// Which fill it is for.
+        fill: u64,
+        /// The last change in common.
+        base: Stamp,
+    },
+    /// Append nothing of what came before any more: store what is in common and that the order goes on after `after`, then
+    /// call [`Member::fill_stored`].
     BeginFill {
         /// Which fill.
         fill: u64,
         /// The change before the first that will come.
         after: Stamp,
+        /// The last change in common. Nothing is if it is [`Stamp::default`].
+        base: Stamp,
     },
     /// Append these runs of the copy (first block and count), if any, in the order of these calls; then call
     /// [`Member::copy_stored`].
@@ -83,6 +95,8 @@ pub struct Member {
     /// The epoch to whose head a lease was granted, and until when it must be honoured.
     granted: (u32, Moment),
     fill: Fill,
+    /// What was compared for the next fill: which one, and from which change on.
+    compared: Option<(u64, Stamp)>,
 }
 
 /// Is the member being filled?
@@ -91,7 +105,10 @@ enum Fill {
     /// No: it holds an order.
     None,
     /// It was once, and that was broken off by the end of the process: nobody knows which blocks are whose.
-    BrokenOff,
+    BrokenOff {
+        /// What it had in common with the order when it began.
+        base: Stamp,
+    },
     Now(Box<Filling>),
     /// It is complete, and owes the head that answer.
     Complete {
@@ -101,9 +118,9 @@ enum Fill {
 
 impl Member {
     /// A member as its log was found at a start. What it had granted is forgotten, so it assumes that it granted a lease
-    /// just now, to a head of some earlier epoch. `is_filling`: it was being filled.
+    /// just now, to a head of some earlier epoch. `filling`: it was being filled, and had this in common with the order.
     #[must_use]
-    pub fn new(now: Moment, promised: u32, last: Stamp, is_filling: bool) -> Member {
+    pub fn new(now: Moment, promised: u32, last: Stamp, filling: Option<Stamp>) -> Member {
         Member {
             promised,
             promising: None,
@@ -112,7 +129,8 @@ impl Member {
             report_due: false,
             ack_due: false,
             granted: (0, now.after_ns(LEASE_NS + LEASE_DRIFT_NS)),
-            fill: if is_filling { Fill::BrokenOff } else { Fill::None },
+            fill: filling.map_or(Fill::None, |base| Fill::BrokenOff { base }),
+            compared: None,
         }
     }
 
@@ -164,6 +182,10 @@ impl Member {
                 member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
                 Step::Answer(PeerMessage::Leased { epoch, asked_ns })
             }),
+            PeerMessage::Compare { epoch, fill, base } => self.under(epoch, |member| {
+                member.compared = None;
+                Step::Compare { fill, base }
+            }),
             PeerMessage::Fill { epoch, after, fill } => {
                 self.under(epoch, |member| member.begin_fill(epoch, fill, after))
             }
@@ -180,8 +202,24 @@ impl Member {
         }
         self.last = after;
         self.ack_due = false;
-        self.fill = Fill::Now(Box::new(Filling::new(fill, after)));
-        Step::BeginFill { fill, after }
+        let compared = self.compared.take().filter(|(other, _)| *other == fill);
+        let base = compared.map_or(Stamp::default(), |(_, base)| base);
+        self.fill = Fill::Now(Box::new(Filling::new(fill, after, base)));
+        Step::BeginFill { fill, after, base }
+    }
+
+    /// It is known which blocks the log changed after `base`.
+    pub fn compared(&mut self, fill: u64, base: Stamp) {
+        self.compared = Some((fill, base));
+    }
+
+    /// What the member has in common with an order that has its last change.
+    fn claim(&self) -> Stamp {
+        match &self.fill {
+            Fill::None | Fill::Complete { .. } => self.last,
+            Fill::BrokenOff { base } => *base,
+            Fill::Now(filling) => filling.base,
+        }
     }
 
     /// The fill with this number, if it is the one under way. What an earlier one sent may still come in.
@@ -244,7 +282,7 @@ impl Member {
         let epoch = self.promised;
         match &mut self.fill {
             _ if self.promising.is_some() => None,
-            Fill::None | Fill::BrokenOff => None,
+            Fill::None | Fill::BrokenOff { .. } => None,
             Fill::Now(filling) => {
                 let (fill, copies) = (filling.fill, filling.copies);
                 if std::mem::take(&mut filling.filling_due) {
@@ -284,7 +322,7 @@ impl Member {
     }
 
     fn take(&mut self, change: ChangeHeader) -> Step {
-        if matches!(self.fill, Fill::BrokenOff) {
+        if matches!(self.fill, Fill::BrokenOff { .. }) {
             return Step::Nothing;
         }
         if change.previous == self.last {
@@ -336,7 +374,7 @@ impl Member {
         self.report_due = false;
         let (epoch, until) = self.granted;
         let granted_ns = if epoch < self.promised { until.since_ns(now) } else { 0 };
-        Some(PeerMessage::Promised { epoch: self.promised, last: self.last, granted_ns })
+        Some(PeerMessage::Promised { epoch: self.promised, last: self.claim(), granted_ns })
     }
 
     /// The acknowledgement that is due: one for all that became durable since the last.
@@ -365,7 +403,7 @@ mod tests {
     }
 
     fn following(epoch: u32) -> Member {
-        let mut member = Member::new(Moment(0), 0, Stamp::default(), false);
+        let mut member = Member::new(Moment(0), 0, Stamp::default(), None);
         assert_eq!(member.handle(Moment(0), PeerMessage::Promise { epoch }), Step::StorePromise(epoch));
         assert_eq!(member.poll_report(Moment(0)), None, "not stored yet");
         member.promise_stored(epoch);
@@ -406,7 +444,12 @@ mod tests {
         member.appended(1);
         member.handle(Moment(1), PeerMessage::Promise { epoch: 2 });
         member.promise_stored(2);
-        let begun = Step::BeginFill { fill: 7, after: stamp(1, 3) };
+        assert_eq!(
+            member.handle(Moment(2), PeerMessage::Compare { epoch: 2, fill: 7, base: stamp(1, 2) }),
+            Step::Compare { fill: 7, base: stamp(1, 2) }
+        );
+        member.compared(7, stamp(1, 2));
+        let begun = Step::BeginFill { fill: 7, after: stamp(1, 3), base: stamp(1, 2) };
         assert_eq!(member.handle(Moment(2), fill(7, stamp(1, 3))), begun);
         // What was on its way into the log is of no account any more.
         member.appended(2);
@@ -438,12 +481,18 @@ mod tests {
 
     #[test]
     fn a_fill_that_was_broken_off_must_begin_anew() {
-        let mut member = Member::new(Moment(0), 2, stamp(2, 9), true);
+        let mut member = Member::new(Moment(0), 2, stamp(2, 9), Some(stamp(2, 4)));
+        let report = member.handle(Moment(1), PeerMessage::Promise { epoch: 2 });
+        assert!(
+            matches!(report, Step::Answer(PeerMessage::Promised { last, .. }) if last == stamp(2, 4)),
+            "{report:?}"
+        );
+        member.compared(2, stamp(2, 4));
         assert_eq!(member.handle(Moment(1), change(2, stamp(2, 10), 2)), Step::Nothing);
         let copy = CopyHeader { data: false, block: 0, count: 4 };
         assert_eq!(member.handle(Moment(1), PeerMessage::Copy { epoch: 2, fill: 1, copy }), Step::Nothing);
         assert_eq!(member.handle(Moment(1), PeerMessage::Filled { epoch: 2, fill: 1 }), Step::Nothing);
-        let begun = Step::BeginFill { fill: 3, after: stamp(2, 9) };
+        let begun = Step::BeginFill { fill: 3, after: stamp(2, 9), base: Stamp::default() };
         assert_eq!(member.handle(Moment(1), fill(3, stamp(2, 9))), begun);
         assert_eq!(member.handle(Moment(1), change(2, stamp(2, 10), 2)), Step::Append);
         assert_eq!(member.handle(Moment(1), fill(4, stamp(3, 9))), Step::Violation);
@@ -476,7 +525,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(left(member.poll_report(Moment(2_000))), LEASE_NS + LEASE_DRIFT_NS - 1_000);
-        let mut restarted = Member::new(Moment(9_000), 2, Stamp::default(), false);
+        let mut restarted = Member::new(Moment(9_000), 2, Stamp::default(), None);
         restarted.handle(Moment(9_000), PeerMessage::Promise { epoch: 3 });
         restarted.promise_stored(3);
         assert_eq!(left(restarted.poll_report(Moment(10_000))), LEASE_NS + LEASE_DRIFT_NS - 1_000);

@@ -3,6 +3,7 @@
 
 use super::head::{Head, HeadEffect};
 use super::member::{Member, Step};
+use crate::block_set::BlockSet;
 use crate::record::{ChangeKind, NodeId, Record, Stamp, VolumeNumber};
 use crate::units::Moment;
 use crate::wire::peer_message::{ChangeHeader, CopyHeader, PeerMessage};
@@ -10,6 +11,7 @@ use crate::wire::random::Xorshift;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const NODES: usize = 3;
+const VOLUME_BLOCKS: u32 = 1000;
 
 /// What a node holds on stable media, and its process.
 struct Node {
@@ -20,6 +22,12 @@ struct Node {
     /// The blocks that hold data, and of which change.
     content: Content,
     filling: bool,
+    /// While it is filled: what it had in common with the order.
+    common: Stamp,
+    /// What it changed before it began to be filled: all that is not sure to be of the order.
+    surplus: Vec<ChangeHeader>,
+    /// It was told that the changes up to here are committed: the log need not keep them.
+    told: u64,
     process: Option<Process>,
     /// Its clock runs at so many parts in a thousand of the world's.
     rate: u64,
@@ -31,6 +39,8 @@ struct Process {
     /// Given to the disk and not yet stable, in order.
     writing: VecDeque<Write>,
     reading: VecDeque<Read>,
+    /// What the replica that it fills has beyond what is in common, and for which fill.
+    surplus: (u64, BlockSet),
     /// Sent by clients and not answered: cookie and nothing else.
     cookies: u32,
     started: bool,
@@ -39,7 +49,7 @@ struct Process {
 enum Write {
     Change(ChangeHeader),
     Promise(u32),
-    BeginFill(u64, Stamp),
+    BeginFill(u64, Stamp, Stamp),
     Copy(u64, Vec<Cell>),
     EndFill(u64),
 }
@@ -55,8 +65,8 @@ struct Read {
     member: NodeId,
     epoch: u32,
     fill: u64,
+    base: Stamp,
     block: u32,
-    count: u32,
 }
 
 fn put(content: &mut Content, (block, data): Cell) {
@@ -112,7 +122,7 @@ impl World {
     fn new(seed: u64) -> World {
         let mut random = Xorshift::new(seed);
         let nodes: Vec<NodeId> = (0..NODES).map(id).collect();
-        let mut store = Record::new(VolumeNumber(1), "v", [1; 16], 1000, &nodes);
+        let mut store = Record::new(VolumeNumber(1), "v", [1; 16], VOLUME_BLOCKS.into(), &nodes);
         store.min_in_sync = 1 + u32::from(random.below(2) == 0);
         let nodes = (0..NODES)
             .map(|_| Node {
@@ -121,6 +131,9 @@ impl World {
                 base: Stamp::default(),
                 content: Content::new(),
                 filling: false,
+                common: Stamp::default(),
+                surplus: Vec::new(),
+                told: 0,
                 process: None,
                 rate: 980 + random.below(41) as u64,
             })
@@ -153,13 +166,14 @@ impl World {
     fn start(&mut self, node: usize) {
         let now = self.clock(node);
         let state = &mut self.nodes[node];
-        let member = Member::new(now, state.promised, state.last(), state.filling);
+        let member = Member::new(now, state.promised, state.last(), state.filling.then_some(state.common));
         let head = Head::new(id(node), self.store.clone());
         state.process = Some(Process {
             head,
             member,
             writing: VecDeque::new(),
             reading: VecDeque::new(),
+            surplus: (0, BlockSet::default()),
             cookies: 0,
             started: false,
         });
@@ -234,11 +248,15 @@ impl World {
                     let committed = process.head.settled();
                     self.send(node, member, PeerMessage::Lease { epoch, asked_ns: now.0, committed });
                 }
+                HeadEffect::Compare { member, epoch, fill, base } => {
+                    process.surplus = (fill, BlockSet::default());
+                    self.send(node, member, PeerMessage::Compare { epoch, fill, base });
+                }
                 HeadEffect::Fill { member, epoch, fill, after } => {
                     self.send(node, member, PeerMessage::Fill { epoch, after, fill });
                 }
-                HeadEffect::Copy { member, epoch, fill, block, count } => {
-                    process.reading.push_back(Read { member, epoch, fill, block, count });
+                HeadEffect::Copy { member, epoch, fill, base, block } => {
+                    process.reading.push_back(Read { member, epoch, fill, base, block });
                 }
                 HeadEffect::Filled { member, epoch, fill } => {
                     self.send(node, member, PeerMessage::Filled { epoch, fill });
@@ -367,6 +385,14 @@ impl World {
                 process.head.leased(now, sender, epoch, Moment(asked_ns))
             }
             PeerMessage::Refused { .. } => {}
+            PeerMessage::Surplus { fill, block, count, .. } => {
+                if process.surplus.0 == fill {
+                    process.surplus.1.insert(block, count);
+                }
+            }
+            PeerMessage::Compared { epoch, fill, known } => {
+                process.head.compared(now, sender, epoch, fill, known);
+            }
             PeerMessage::Filling { epoch, fill } => process.head.filling(now, sender, epoch, fill),
             PeerMessage::Copied { epoch, fill, copies } => {
                 process.head.copied(now, sender, epoch, fill, copies);
@@ -380,8 +406,18 @@ impl World {
     fn serve_member(&mut self, node: usize, from: usize, message: PeerMessage, cells: &[Cell]) {
         let now = self.clock(node);
         let process = self.nodes[node].process.as_mut().unwrap();
-        match process.member.handle(now, message) {
+        let step = process.member.handle(now, message);
+        let told = match (&step, message) {
+            (Step::Append, PeerMessage::Change { committed, .. })
+            | (Step::Answer(PeerMessage::Leased { .. }), PeerMessage::Lease { committed, .. }) => committed,
+            _ => 0,
+        };
+        let stored = process.member.durable();
+        self.nodes[node].told = self.nodes[node].told.max(told.min(stored));
+        let process = self.nodes[node].process.as_mut().unwrap();
+        match step {
             Step::Answer(answer) => self.send(node, id(from), answer),
+            Step::Compare { fill, base } => self.compare(node, from, fill, base),
             Step::StorePromise(epoch) => process.writing.push_back(Write::Promise(epoch)),
             Step::Append => {
                 let PeerMessage::Change { change, .. } = message else { unreachable!() };
@@ -398,7 +434,9 @@ impl World {
                 };
                 self.send(node, id(from), answer);
             }
-            Step::BeginFill { fill, after } => process.writing.push_back(Write::BeginFill(fill, after)),
+            Step::BeginFill { fill, after, base } => {
+                process.writing.push_back(Write::BeginFill(fill, after, base));
+            }
             Step::Copy { fill, runs } => {
                 let within =
                     |block: u32| runs.iter().any(|(first, count)| (*first..first + count).contains(&block));
@@ -410,6 +448,25 @@ impl World {
             Step::Violation => panic!("node {from} sent {message:?}"),
         }
         self.answer_due(node, from);
+    }
+
+    /// The log has only what is not known to be committed for sure: of that, all is told.
+    fn compare(&mut self, node: usize, from: usize, fill: u64, base: Stamp) {
+        let known = self.calm || self.random.below(20) > 0;
+        let state = &mut self.nodes[node];
+        let epoch = state.promised;
+        let process = state.process.as_mut().unwrap();
+        if known {
+            process.member.compared(fill, base);
+        }
+        let told = state.told;
+        let open = state.log.iter().filter(|change| change.stamp.sequence > told);
+        let beyond = state.surplus.iter().chain(open).filter(|change| change.stamp.sequence > base.sequence);
+        for change in beyond.copied().collect::<Vec<_>>() {
+            let ChangeHeader { block, count, .. } = change;
+            self.send(node, id(from), PeerMessage::Surplus { epoch, fill, block, count });
+        }
+        self.send(node, id(from), PeerMessage::Compared { epoch, fill, known });
     }
 
     fn answer_due(&mut self, node: usize, to: usize) {
@@ -431,11 +488,13 @@ impl World {
                 apply(&mut self.nodes[node].content, &change);
                 self.nodes[node].log.push(change);
             }
-            Write::BeginFill(fill, after) => {
+            Write::BeginFill(fill, after, common) => {
                 process.member.fill_stored(fill);
                 let state = &mut self.nodes[node];
-                state.log.clear();
-                (state.base, state.filling) = (after, true);
+                let told = state.told;
+                let open = std::mem::take(&mut state.log).into_iter();
+                state.surplus.extend(open.filter(|change| change.stamp.sequence > told));
+                (state.base, state.filling, state.common) = (after, true, common);
             }
             Write::Copy(fill, cells) => {
                 process.member.copy_stored(fill);
@@ -444,6 +503,7 @@ impl World {
             Write::EndFill(fill) => {
                 process.member.end_stored(fill);
                 self.nodes[node].filling = false;
+                self.nodes[node].surplus.clear();
             }
             Write::Promise(epoch) => {
                 process.member.promise_stored(epoch);
@@ -460,23 +520,39 @@ impl World {
     fn finish_read(&mut self, node: usize) {
         let now = self.clock(node);
         let Some(process) = &mut self.nodes[node].process else { return };
-        let Some(Read { member, epoch, fill, block, count }) = process.reading.pop_front() else { return };
+        let Some(Read { member, epoch, fill, base, block }) = process.reading.pop_front() else { return };
         if !self.calm && self.random.below(100) == 0 {
             process.head.copy_failed(now, member, epoch, fill);
             return self.settle(node);
         }
+        let mut lacking = BlockSet::default();
+        if base == Stamp::default() {
+            lacking.insert(0, VOLUME_BLOCKS);
+        } else {
+            if process.surplus.0 == fill {
+                lacking = process.surplus.1.clone();
+            }
+            let last = self.nodes[node].last();
+            let order = self.order_to(last);
+            let changed = order.iter().filter(|change| change.stamp.sequence > base.sequence);
+            changed.for_each(|change| lacking.insert(change.block, change.count));
+        }
+        let first = lacking.next_from(block).unwrap_or(VOLUME_BLOCKS);
+        let end = (first + 1 + self.random.below(256) as u32).min(VOLUME_BLOCKS).min((first / 512 + 1) * 512);
         let content = &self.nodes[node].content;
-        let cells: Vec<Cell> =
-            (block..block + count).map(|block| (block, content.get(&block).copied())).collect();
+        let cells: Vec<Cell> = (first..end)
+            .filter(|block| lacking.contains(*block))
+            .map(|block| (block, content.get(&block).copied()))
+            .collect();
         let mut copies = 0;
-        for run in cells.chunk_by(|one, next| one.1.is_some() == next.1.is_some()) {
+        for run in cells.chunk_by(|one, next| one.1.is_some() == next.1.is_some() && one.0 + 1 == next.0) {
             let count = u32::try_from(run.len()).unwrap();
             let copy = CopyHeader { data: run[0].1.is_some(), block: run[0].0, count };
             self.send_with(node, member, PeerMessage::Copy { epoch, fill, copy }, run.to_vec());
             copies += 1;
         }
         let process = self.nodes[node].process.as_mut().unwrap();
-        process.head.copy_sent(now, member, epoch, fill, copies);
+        process.head.copy_sent(now, member, (epoch, fill), end.max(block + 1).into(), copies);
         self.settle(node);
     }
 

@@ -173,6 +173,19 @@ pub struct BatchHeader {
     pub next_segment: SegmentIndex,
 }
 
+impl BatchHeader {
+    /// Can this be the batch behind `before` in its stream, whose descriptor has this CRC? Batches of a mount are chained,
+    /// and the first of a later mount begins a new chain. Numbers ascend within a mount; a later one may give those of
+    /// discarded batches again.
+    #[must_use]
+    pub fn follows(&self, before: &BatchHeader, crc: u32) -> bool {
+        let same_mount =
+            self.mount == before.mount && self.chain == crc && self.generation >= before.generation;
+        let later_mount = self.mount > before.mount && self.chain == 0;
+        (same_mount || later_mount) && self.number > before.number
+    }
+}
+
 /// Fills a descriptor block, entry by entry. The state is three numbers; the bytes stay where they are.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DescriptorWriter {

@@ -70,12 +70,7 @@ pub struct VolumeRecord {
 impl VolumeRecord {
     /// An entry in this segment has taken effect. The cleaner's moves and the copies carry stamps too, but not of changes
     /// of their own.
-    pub(super) fn note_change(
-        &mut self,
-        entry: &Entry,
-        segment: SegmentIndex,
-        segments: &mut SegmentTable,
-    ) {
+    pub(super) fn note_change(&mut self, entry: &Entry, segment: SegmentIndex, segments: &mut SegmentTable) {
         if !entry.kind.is_change() {
             return;
         }

@@ -276,6 +276,17 @@ impl Map {
         self.in_use >= self.frames_max + self.frames_max / 4 + 64
     }
 
+    /// Highest sequence of a change to the leaf's blocks; 0 if there was none.
+    #[must_use]
+    pub fn leaf_sequence(&self, volume: u32, leaf: u32) -> u64 {
+        let slot = self.tables[volume as usize].slot(leaf);
+        let in_memory = match slot.frame {
+            FrameIndex::NONE => 0,
+            frame => self.frames[frame.0 as usize].sequence_max,
+        };
+        in_memory.max(slot.sequence_max)
+    }
+
     /// Where a leaf is.
     pub fn find(&mut self, volume: u32, leaf: u32) -> Presence {
         let slot = self.tables[volume as usize].slot(leaf);

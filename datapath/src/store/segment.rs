@@ -249,7 +249,10 @@ impl SegmentTable {
 
     /// The segment is not to be freed, even if nothing lives in it.
     pub fn keep(&mut self, segment: SegmentIndex) {
-        assert!(self.state(segment) != SegmentState::Foreign, "segment {segment:?} is kept by a lane that owns it");
+        assert!(
+            self.state(segment) != SegmentState::Foreign,
+            "segment {segment:?} is kept by a lane that owns it"
+        );
         self.change(segment, |slot| slot.keepers += 1);
     }
 

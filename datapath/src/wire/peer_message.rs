@@ -177,6 +177,36 @@ pub enum PeerMessage {
         /// Which.
         sequence: u64,
     },
+    /// Before it fills the member, the head asks which blocks its log changed after this stamp, which is the last that the
+    /// two have in common: that must be undone.
+    Compare {
+        /// By whose authority.
+        epoch: u32,
+        /// Which fill it is for.
+        fill: u64,
+        /// The stamp.
+        base: Stamp,
+    },
+    /// Some of these blocks, all of one leaf of the map.
+    Surplus {
+        /// What the member promised.
+        epoch: u32,
+        /// Which fill it is for.
+        fill: u64,
+        /// First block.
+        block: u32,
+        /// How many.
+        count: u32,
+    },
+    /// These were all, or the member cannot tell and must be copied whole.
+    Compared {
+        /// What the member promised.
+        epoch: u32,
+        /// Which fill it is for.
+        fill: u64,
+        /// These were all.
+        known: bool,
+    },
     /// The head is going to fill the member: whatever it holds, its order goes on after this stamp. Changes follow at once,
     /// copies when the member has stored this.
     Fill {
@@ -272,6 +302,9 @@ mod kind {
     pub(super) const COPIED: u8 = 16;
     pub(super) const FILLED: u8 = 17;
     pub(super) const COMPLETE: u8 = 18;
+    pub(super) const COMPARE: u8 = 30;
+    pub(super) const SURPLUS: u8 = 31;
+    pub(super) const COMPARED: u8 = 32;
 }
 
 /// The header's fields that messages use, whatever they mean to each.
@@ -378,6 +411,15 @@ impl PeerFrame {
             PeerMessage::Leased { epoch, asked_ns } => {
                 Words { number: asked_ns, ..plain(kind::LEASED, epoch) }
             }
+            PeerMessage::Compare { epoch, fill, base } => {
+                Words { stamp: base, ..of_fill(kind::COMPARE, epoch, fill) }
+            }
+            PeerMessage::Surplus { epoch, fill, block, count } => {
+                Words { block, count, ..of_fill(kind::SURPLUS, epoch, fill) }
+            }
+            PeerMessage::Compared { epoch, fill, known } => {
+                Words { count: known.into(), ..of_fill(kind::COMPARED, epoch, fill) }
+            }
             PeerMessage::Fill { epoch, after, fill } => {
                 Words { stamp: after, ..of_fill(kind::FILL, epoch, fill) }
             }
@@ -477,7 +519,14 @@ impl Words {
             kind::FETCH_GONE => PeerMessage::FetchGone { epoch, sequence: number },
             kind::LEASE => PeerMessage::Lease { epoch, asked_ns: number, committed: stamp.sequence },
             kind::LEASED => PeerMessage::Leased { epoch, asked_ns: number },
-            kind::FILL if stamp.epoch > epoch => return Err(WireError::Range),
+            kind::FILL | kind::COMPARE if stamp.epoch > epoch => return Err(WireError::Range),
+            kind::COMPARE => PeerMessage::Compare { epoch, fill: number, base: stamp },
+            kind::SURPLUS => {
+                let CopyHeader { block, count, .. } = self.blocks_of_a_leaf(false)?;
+                PeerMessage::Surplus { epoch, fill: number, block, count }
+            }
+            kind::COMPARED if self.count > 1 => return Err(WireError::Range),
+            kind::COMPARED => PeerMessage::Compared { epoch, fill: number, known: self.count == 1 },
             kind::FILL => PeerMessage::Fill { epoch, after: stamp, fill: number },
             kind::FILLING => PeerMessage::Filling { epoch, fill: number },
             kind::COPY => PeerMessage::Copy { epoch, fill: number, copy: self.copy()? },
@@ -495,6 +544,11 @@ impl Words {
             ChangeKind::Zero => false,
             ChangeKind::Trim => return Err(WireError::Range),
         };
+        self.blocks_of_a_leaf(data)
+    }
+
+    /// Some blocks of one leaf; no more than a piece if they come with data.
+    fn blocks_of_a_leaf(self, data: bool) -> Result<CopyHeader, WireError> {
         let most = if data { PIECE_BLOCKS_MAX } else { RELEASED_BLOCKS_MAX };
         let one_leaf = self.count <= RELEASED_BLOCKS_MAX - self.block % RELEASED_BLOCKS_MAX;
         if !(1..=most).contains(&self.count) || !one_leaf {

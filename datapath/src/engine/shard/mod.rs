@@ -317,6 +317,10 @@ impl<M: Memory> Shard<M> {
             self.progress = true;
             self.finish_fetch(&fetched);
         }
+        while let Some(changed) = self.lanes[lane].lane.poll_changed() {
+            self.progress = true;
+            self.finish_changed(changed);
+        }
     }
 
     fn take_effects(&mut self, index: usize) {

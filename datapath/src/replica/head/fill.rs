@@ -1,17 +1,18 @@
 //! Filling: a replica that was left out is brought back.
 //!
 //! ```text
-//!   marking ─▶ asking ─▶ beginning ─▶ copying ─▶ ending ─▶ following ─▶ admitting ─▶ in sync
-//!      │          │          │           │          │          │
-//!      └──────────┴──────────┴───────────┴──────────┴──────────┴── silent or gone: anew, later
+//!   marking ─▶ asking ─▶ comparing ─▶ beginning ─▶ copying ─▶ ending ─▶ following ─▶ admitting ─▶ in sync
+//!      │          │          │            │           │          │          │
+//!      └──────────┴──────────┴────────────┴───────────┴──────────┴──────────┴── silent or gone: anew, later
 //! ```
 //!
 //! | state | what happens | what ends it |
 //! |---|---|---|
 //! | marking | the record's change that calls it catching up is under way | the record is read |
-//! | asking | it is asked for its promise | it has promised |
+//! | asking | it is asked for its promise | it has promised, and the record tells what it has in common with the order |
+//! | comparing | it tells what it has beyond that | it has told all |
 //! | beginning | its order goes on where the head's is now; every change from here on is sent to it | it has stored that, and the head's own replica has all changes before |
-//! | copying | the whole volume is copied from the head's own replica | the last copy was sent |
+//! | copying | what the head's own replica changed after the last change in common, and what the other one has beyond that, is copied; the whole volume if nothing is in common | the last copy was sent |
 //! | ending | it stores that it is complete | it has |
 //! | following | it is sent changes like the others | it has all that a copy may have told it of, and all that is committed |
 //! | admitting | the record's change that takes it in is under way; acknowledgements need it from now on | the record is read |
@@ -22,7 +23,6 @@
 use super::peers::Phase;
 use super::view::proposal_of;
 use super::{Head, HeadEffect, PROPOSE_AGAIN_NS, Role, Stage};
-use crate::limits::PIECE_BLOCKS_MAX;
 use crate::record::{NodeId, Stamp};
 use crate::units::Moment;
 use std::collections::VecDeque;
@@ -40,6 +40,7 @@ const PIECES_UNDER_WAY_MAX: usize = 4;
 enum Step {
     Marking,
     Asking,
+    Comparing,
     Beginning { after: Stamp, stored: bool },
     Copying,
     Ending { last: u64 },
@@ -54,9 +55,11 @@ pub(super) struct Fill {
     /// Tells it from all others: the epoch, and which one in it.
     number: u64,
     step: Step,
+    /// The last change in common.
+    base: Stamp,
     /// When something last went on.
     moved_at: Moment,
-    /// The first block that is not asked for yet.
+    /// All before this block was sent.
     next_block: u64,
     /// A piece is being read.
     reading: bool,
@@ -117,6 +120,7 @@ impl Head {
             member,
             number: u64::from(lead.epoch) << 32 | lead.fills.count,
             step: if marked { Step::Asking } else { Step::Marking },
+            base: Stamp::default(),
             moved_at: now,
             next_block: 0,
             reading: false,
@@ -160,7 +164,7 @@ impl Head {
     pub(super) fn poll_fill_timeout(&self) -> Option<Moment> {
         let lead = self.lead()?;
         match &lead.fills.now {
-            Some(fill) if matches!(fill.step, Step::Marking | Step::Admitting) => None,
+            Some(fill) if matches!(fill.step, Step::Marking | Step::Admitting) || fill.reading => None,
             Some(fill) => Some(fill.moved_at.after_ns(FILL_PATIENCE_NS)),
             None => self.fill_due_at(),
         }
@@ -195,23 +199,47 @@ impl Head {
         self.effects.push_back(HeadEffect::Promise { member, epoch: lead.epoch });
     }
 
-    /// The replica being filled has promised. True if the answer was that and needs nothing more.
-    pub(super) fn filled_promised(&mut self, now: Moment, member: NodeId) -> bool {
+    /// The replica being filled has promised, and `last` is what it can have in common with the order. True if the answer
+    /// was that and needs nothing more.
+    pub(super) fn filled_promised(&mut self, now: Moment, member: NodeId, last: Stamp) -> bool {
+        let base = self.record.common_point(last);
         let Role::Lead(lead) = &mut self.role else { return false };
         let Some(fill) = lead.fills.now.as_mut().filter(|fill| fill.member == member) else { return false };
         if fill.is_admitting() {
             return false;
         }
-        if fill.step == Step::Asking {
-            let after = lead.last;
-            (fill.step, fill.moved_at) = (Step::Beginning { after, stored: false }, now);
-            let peer = lead.peers.get_mut(member).expect("asked");
-            peer.enter(Phase::Following, now);
-            (peer.acked, peer.sent, peer.acked_at) = (after.sequence, after.sequence, now);
+        if fill.step == Step::Asking && base == Stamp::default() {
+            self.begin_order(now);
+        } else if fill.step == Step::Asking {
+            (fill.step, fill.base, fill.moved_at) = (Step::Comparing, base, now);
             let (epoch, fill) = (lead.epoch, fill.number);
-            self.effects.push_back(HeadEffect::Fill { member, epoch, fill, after });
+            self.effects.push_back(HeadEffect::Compare { member, epoch, fill, base });
         }
         true
+    }
+
+    /// The replica has told all that it has beyond what is in common, or cannot tell.
+    pub fn compared(&mut self, now: Moment, member: NodeId, epoch: u32, number: u64, known: bool) {
+        let Some(fill) = self.fill_of(member, epoch, number) else { return };
+        if fill.step == Step::Comparing {
+            if !known {
+                fill.base = Stamp::default();
+            }
+            self.begin_order(now);
+        }
+    }
+
+    /// The replica's order goes on where the head's is now.
+    fn begin_order(&mut self, now: Moment) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        let Some(fill) = &mut lead.fills.now else { return };
+        let (after, member) = (lead.last, fill.member);
+        (fill.step, fill.moved_at) = (Step::Beginning { after, stored: false }, now);
+        let peer = lead.peers.get_mut(member).expect("asked");
+        peer.enter(Phase::Following, now);
+        (peer.acked, peer.sent, peer.acked_at) = (after.sequence, after.sequence, now);
+        let (epoch, fill) = (lead.epoch, fill.number);
+        self.effects.push_back(HeadEffect::Fill { member, epoch, fill, after });
     }
 
     /// There is a connection to a replica, or not any more.
@@ -253,13 +281,22 @@ impl Head {
         }
     }
 
-    /// The piece asked for with [`HeadEffect::Copy`] was sent, as so many copies.
-    pub fn copy_sent(&mut self, now: Moment, member: NodeId, epoch: u32, number: u64, copies: u32) {
+    /// The piece asked for with [`HeadEffect::Copy`] was sent, as so many copies: all that was lacking before `next_block`.
+    pub fn copy_sent(
+        &mut self,
+        now: Moment,
+        member: NodeId,
+        (epoch, number): (u32, u64),
+        next_block: u64,
+        copies: u32,
+    ) {
         let Some(fill) = self.fill_of(member, epoch, number).filter(|fill| fill.reading) else { return };
-        fill.reading = false;
-        fill.moved_at = now;
-        fill.sent += copies;
-        fill.sent_through.push_back(fill.sent);
+        assert!(next_block > fill.next_block, "copying goes on");
+        (fill.reading, fill.moved_at, fill.next_block) = (false, now, next_block);
+        if copies > 0 {
+            fill.sent += copies;
+            fill.sent_through.push_back(fill.sent);
+        }
         self.advance_fill(now);
     }
 
@@ -307,12 +344,10 @@ impl Head {
                 self.effects.push_back(HeadEffect::Filled { member, epoch, fill: number });
             }
             Step::Copying if !fill.reading && fill.sent_through.len() < PIECES_UNDER_WAY_MAX => {
-                let left = self.record.size_blocks - fill.next_block;
-                let count = u32::try_from(left.min(u64::from(PIECE_BLOCKS_MAX))).expect("a piece");
                 let block = u32::try_from(fill.next_block).expect("volumes have less than 2^32 blocks");
-                fill.next_block += u64::from(count);
+                let base = fill.base;
                 fill.reading = true;
-                self.effects.push_back(HeadEffect::Copy { member, epoch, fill: number, block, count });
+                self.effects.push_back(HeadEffect::Copy { member, epoch, fill: number, base, block });
             }
             Step::Following { last } => self.admit_filled(now, last),
             _ => {}

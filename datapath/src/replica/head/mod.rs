@@ -71,6 +71,17 @@ pub enum HeadEffect {
         /// Which.
         sequence: u64,
     },
+    /// Ask a replica that will be filled what it has beyond `base`.
+    Compare {
+        /// Whom.
+        member: NodeId,
+        /// By which authority.
+        epoch: u32,
+        /// Which fill it is for.
+        fill: u64,
+        /// The last change in common.
+        base: Stamp,
+    },
     /// Tell a replica that it will be filled.
     Fill {
         /// Whom.
@@ -82,8 +93,9 @@ pub enum HeadEffect {
         /// The changes after it will be sent.
         after: Stamp,
     },
-    /// Read blocks from the own replica, send them to the replica that is filled, and call [`Head::copy_sent`] or
-    /// [`Head::copy_failed`].
+    /// Find the first blocks from `block` on that the replica may lack: what the own replica changed after `base`, and what
+    /// the other one has beyond that; all if `base` is [`Stamp::default`]. Read a piece from there on from the own replica,
+    /// send what of it is lacking, and call [`Head::copy_sent`] or [`Head::copy_failed`].
     Copy {
         /// Whom.
         member: NodeId,
@@ -91,10 +103,10 @@ pub enum HeadEffect {
         epoch: u32,
         /// Which fill.
         fill: u64,
-        /// First block.
+        /// The last change in common.
+        base: Stamp,
+        /// All before this block was sent.
         block: u32,
-        /// How many: at most a piece, of one leaf.
-        count: u32,
     },
     /// Tell it that this was all.
     Filled {

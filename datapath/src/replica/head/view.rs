@@ -6,13 +6,12 @@ use super::{
     GATHER_PATIENCE_NS, Head, HeadEffect, Lead, MEMBER_PATIENCE_NS, PROPOSE_AGAIN_NS, Peers, Role, Stage,
     Windowed,
 };
-use crate::record::{EpochEnd, HeadSession, NodeId, Record, StaleReplica, Stamp};
+use crate::record::{EPOCH_ENDS_KEPT, EpochEnd, HeadSession, NodeId, Record, StaleReplica, Stamp};
 use crate::units::Moment;
 use crate::wire::peer_message::ChangeHeader;
 use std::collections::VecDeque;
 
 /// Ends of epochs that a record keeps for replicas that have been away.
-const EPOCH_ENDS_KEPT: usize = 64;
 
 impl Head {
     /// Wants this node to be the head. `random` tells this attempt from every other.
@@ -89,7 +88,7 @@ impl Head {
     /// A member's promise and position. `granted_ns` is how long it must honour a lease granted to an earlier head.
     pub fn promised(&mut self, now: Moment, member: NodeId, epoch: u32, last: Stamp, granted_ns: u64) {
         let Role::Lead(lead) = &mut self.role else { return };
-        if lead.epoch != epoch || self.filled_promised(now, member) {
+        if lead.epoch != epoch || self.filled_promised(now, member, last) {
             return;
         }
         let Role::Lead(lead) = &mut self.role else { return };

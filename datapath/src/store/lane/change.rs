@@ -27,7 +27,7 @@ pub enum Release {
 /// A change on its way into a batch.
 #[derive(Debug)]
 pub(super) struct Change {
-    cookie: u32,
+    cookie: Option<u32>,
     kind: EntryKind,
     pub(super) range: BlockRange,
     payload: Option<Payload>,
@@ -45,7 +45,7 @@ pub(super) struct Change {
 
 impl Change {
     pub(super) fn new(
-        cookie: u32,
+        cookie: Option<u32>,
         kind: EntryKind,
         range: BlockRange,
         payload: Option<Payload>,
@@ -148,7 +148,7 @@ impl Lane {
         payload: Option<Payload>,
         durable: bool,
     ) {
-        let index = self.changes.insert(Change::new(cookie, kind, range, payload, durable, None));
+        let index = self.changes.insert(Change::new(Some(cookie), kind, range, payload, durable, None));
         self.try_change(context, index);
     }
 
@@ -245,7 +245,7 @@ impl Lane {
             (change.cookie, change.durable, change.frames, change.payload);
         if kind == EntryKind::CopyZero && frames[0].is_none() {
             // Nothing was ever there.
-            self.complete(cookie, Ok(()));
+            cookie.into_iter().for_each(|cookie| self.complete(cookie, Ok(())));
             return Verdict::Appended;
         }
         let new_blocks = if payload.is_some() { self.count_new_blocks(range, frames) } else { 0 };
@@ -262,7 +262,7 @@ impl Lane {
             }
             return self.wait_for_space(index);
         }
-        let record = Record { volume: range.volume, frames, cookie: Some(cookie), durable, new_blocks };
+        let record = Record { volume: range.volume, frames, cookie, durable, new_blocks };
         let entry = match stamp {
             Some(stamp) => self.entry_with(kind, range, stamp),
             None => self.entry(kind, range),
@@ -373,7 +373,7 @@ impl Lane {
         if let Some(payload) = change.payload {
             payload.let_go(context.pages);
         }
-        self.complete(change.cookie, Err(error));
+        change.cookie.into_iter().for_each(|cookie| self.complete(cookie, Err(error)));
     }
 
     /// The lane has failed: what waits for space waits in vain. What waits for a leaf is refused when that comes.

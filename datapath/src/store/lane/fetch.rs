@@ -427,14 +427,8 @@ impl Lane {
 }
 
 impl Link {
-    /// Batches of a stream follow each other by their chain, and the first of a later mount begins a new one. Numbers
-    /// ascend within a mount; a later one may give those of discarded batches again.
     fn is_followed_by(&self, next: &BatchHeader) -> bool {
-        let same_mount = next.mount == self.header.mount
-            && next.chain == self.crc
-            && next.generation >= self.header.generation;
-        let later_mount = next.mount > self.header.mount && next.chain == 0;
-        (same_mount || later_mount) && next.number > self.header.number
+        next.follows(&self.header, self.crc)
     }
 }
 

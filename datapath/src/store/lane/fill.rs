@@ -16,12 +16,13 @@ use crate::limits::PIECE_BLOCKS_MAX;
 use crate::memory::Memory;
 use crate::record::Stamp;
 use crate::request::RequestError;
-use crate::store::batch::{Entry, EntryKind, FILL_BEGINS, FILL_ENDS};
+use crate::store::batch::{Entry, EntryKind, FILL_BASE, FILL_BEGINS, FILL_ENDS};
 use crate::store::map::LEAF_BLOCKS;
 use crate::units::BLOCK_BYTES;
 
 impl Lane {
-    /// The volume is filled from now on, and its order goes on after `stamp`, wherever it was before. Answered like a
+    /// The volume is filled from now on, and its order goes on after `stamp`, wherever it was before. Up to `base` it has
+    /// everything in common with the order; nothing if that is [`Stamp::default`]. Answered like a
     /// [promise](Self::promise).
     ///
     /// # Panics
@@ -31,14 +32,21 @@ impl Lane {
         context: &mut Context<'_, M>,
         cookie: u32,
         volume: u32,
-        stamp: Stamp,
+        (base, stamp): (Stamp, Stamp),
     ) {
         let order = &mut self.volumes[volume as usize].order;
         // What could not be appended is of no importance any more.
         order.broken &= !order.queue.is_empty();
         let taken = std::mem::replace(&mut order.taken, stamp);
-        if !self.enqueue_fill(context, cookie, volume, FILL_BEGINS, stamp) {
+        let begun = self.may_enqueue(volume) && {
+            self.enqueue_fill(context, None, volume, FILL_BASE, base);
+            self.may_enqueue(volume)
+        };
+        if begun {
+            self.enqueue_fill(context, Some(cookie), volume, FILL_BEGINS, stamp);
+        } else {
             self.volumes[volume as usize].order.taken = taken;
+            self.complete(cookie, Err(RequestError::Io));
         }
     }
 
@@ -49,27 +57,30 @@ impl Lane {
     /// If the volume is not [lasting](Self::is_lasting), or the lane numbers its changes itself.
     pub fn end_filling<M: Memory>(&mut self, context: &mut Context<'_, M>, cookie: u32, volume: u32) {
         let stamp = self.last_stamp(volume);
-        self.enqueue_fill(context, cookie, volume, FILL_ENDS, stamp);
+        if self.may_enqueue(volume) {
+            self.enqueue_fill(context, Some(cookie), volume, FILL_ENDS, stamp);
+        } else {
+            self.complete(cookie, Err(RequestError::Io));
+        }
+    }
+
+    fn may_enqueue(&self, volume: u32) -> bool {
+        !self.failed && !self.volumes[volume as usize].order.broken
     }
 
     fn enqueue_fill<M: Memory>(
         &mut self,
         context: &mut Context<'_, M>,
-        cookie: u32,
+        cookie: Option<u32>,
         volume: u32,
         count: u32,
         stamp: Stamp,
-    ) -> bool {
+    ) {
         let known = &mut self.volumes[volume as usize];
         assert!(known.order.lasting_blocks.is_some(), "volume {volume} does not last");
         known.numbering.choose(Numbering::ByStamps);
-        if self.failed || known.order.broken {
-            self.complete(cookie, Err(RequestError::Io));
-            return false;
-        }
         let range = BlockRange { volume, block: 0, count };
         self.enqueue(context, Change::new(cookie, EntryKind::Fill, range, None, true, Some(stamp)));
-        true
     }
 
     /// Appends blocks copied from another replica: `payload` if they hold data there, zeroes if not. They enter the log
@@ -105,13 +116,15 @@ impl Lane {
         // A leaf with sequence 0 would count as one that never was.
         let taken = volume.order.taken;
         let stamp = Stamp { sequence: taken.sequence.max(1), ..taken };
-        self.enqueue(context, Change::new(cookie, kind, range, payload, true, Some(stamp)));
+        self.enqueue(context, Change::new(Some(cookie), kind, range, payload, true, Some(stamp)));
     }
 
-    /// Is the volume being filled, so that what it holds is no state that it ever had?
+    /// If the volume is being filled, so that what it holds is no state that it ever had: what it had in common with the
+    /// order when that began.
     #[must_use]
-    pub fn is_filling(&self, volume: u32) -> bool {
-        self.volumes[volume as usize].record.filling
+    pub fn filling_from(&self, volume: u32) -> Option<Stamp> {
+        let record = &self.volumes[volume as usize].record;
+        record.filling.then_some(record.base)
     }
 
     /// The beginning or end of filling takes effect.

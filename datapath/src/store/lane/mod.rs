@@ -11,6 +11,7 @@
 
 mod append;
 mod change;
+mod changed;
 mod checkpoint;
 mod cleaner;
 mod fetch;
@@ -37,6 +38,7 @@ use crate::record::Stamp;
 use crate::request::RequestError;
 use crate::units::{BLOCK_BYTES, MemoryRange};
 use change::Change;
+use changed::Walk;
 use checkpoint::Checkpointer;
 use cleaner::Cleaner;
 use fetch::Fetch;
@@ -48,6 +50,7 @@ use stream::{Stream, StreamKind};
 use sync::Syncer;
 
 pub use change::Release;
+pub use changed::{Changed, Extent};
 pub use fetch::{FetchOutcome, Fetched};
 pub use read::HoleMap;
 
@@ -238,6 +241,7 @@ enum Operation {
     LeafLoad { frame: super::map::FrameIndex, memory: MemoryRange },
     Batch { stream: StreamKind, number: u64 },
     Fetch(u32),
+    Walk(u32),
     Sync,
     VictimRead,
     RootWrite,
@@ -251,6 +255,7 @@ impl std::fmt::Debug for Operation {
             Operation::LeafLoad { .. } => "LeafLoad",
             Operation::Batch { .. } => "Batch",
             Operation::Fetch(_) => "Fetch",
+            Operation::Walk(_) => "Walk",
             Operation::Sync => "Sync",
             Operation::VictimRead => "VictimRead",
             Operation::RootWrite => "RootWrite",
@@ -284,6 +289,8 @@ pub struct Lane {
     reads: Slab<Read>,
     fetches: Slab<Fetch>,
     fetched: VecDeque<Fetched>,
+    walks: Slab<Walk>,
+    changed: VecDeque<Changed>,
     changes: Slab<Change>,
     /// Changes that wait for space or buffers, in order: those with payload and those without.
     blocked: [VecDeque<u32>; 2],
@@ -379,6 +386,8 @@ impl Lane {
             reads: Slab::default(),
             fetches: Slab::default(),
             fetched: VecDeque::new(),
+            walks: Slab::default(),
+            changed: VecDeque::new(),
             changes: Slab::default(),
             blocked: Default::default(),
             unapplied_new_blocks: 0,
@@ -544,6 +553,7 @@ impl Lane {
             Operation::LeafLoad { frame, memory } => self.finish_leaf_load(context, frame, memory, good),
             Operation::Batch { stream, number } => self.finish_batch_write(context, stream, number, good),
             Operation::Fetch(fetch) => self.finish_fetch_read(context, fetch, good),
+            Operation::Walk(walk) => self.finish_walk_read(context, walk, good),
             Operation::Sync => self.finish_sync(context, good),
             Operation::VictimRead => self.finish_victim_read(context, good),
             Operation::RootWrite => self.finish_root_write(context, good),

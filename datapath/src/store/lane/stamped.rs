@@ -137,7 +137,7 @@ impl Lane {
         }
         assert!(follows && stamp.epoch >= order.taken.epoch, "{stamp:?} after {:?}", order.taken);
         order.taken = stamp;
-        self.enqueue(context, Change::new(cookie, entry_kind(kind), range, payload, true, Some(stamp)));
+        self.enqueue(context, Change::new(Some(cookie), entry_kind(kind), range, payload, true, Some(stamp)));
     }
 
     /// Raises the volume's promise to `epoch`: it takes part in no epoch below. Answered when that and all changes
@@ -155,7 +155,7 @@ impl Lane {
         }
         let stamp = Some(Stamp { epoch, sequence: known.order.taken.sequence });
         let range = BlockRange { volume, block: 0, count: 1 };
-        self.enqueue(context, Change::new(cookie, EntryKind::Promise, range, None, true, stamp));
+        self.enqueue(context, Change::new(Some(cookie), EntryKind::Promise, range, None, true, stamp));
     }
 
     /// The last change of the volume that was taken in: it is in the log, or on its way there. After one was refused,

@@ -29,6 +29,9 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::FetchGone { epoch: 4, sequence: 8 },
         PeerMessage::Lease { epoch: 4, asked_ns: 99, committed: 98 },
         PeerMessage::Leased { epoch: 4, asked_ns: 99 },
+        PeerMessage::Compare { epoch: 4, fill: 6, base: STAMP },
+        PeerMessage::Surplus { epoch: 4, fill: 6, block: 1000, count: 24 },
+        PeerMessage::Compared { epoch: 4, fill: 6, known: true },
         PeerMessage::Fill { epoch: 4, after: STAMP, fill: 6 },
         PeerMessage::Filling { epoch: 4, fill: 6 },
         PeerMessage::Copy { epoch: 4, fill: 6, copy: CopyHeader { data: false, block: 512, count: 512 } },
@@ -185,7 +188,7 @@ fn fields_that_cannot_be_are_refused() {
         assert_eq!(PeerFrame::body_length(&header), Err(error));
         header[at..at + 4].copy_from_slice(&right);
     }
-    assert_eq!(PeerFrame::decode(&forged(change, &[1, 2], &[(4, 0x0120_0100)])), Err(WireError::Kind));
+    assert_eq!(PeerFrame::decode(&forged(change, &[1, 2], &[(4, 0x0180_0100)])), Err(WireError::Kind));
 }
 
 #[test]

@@ -16,31 +16,52 @@ use crate::store::lane::{BlockRange, Completion, HoleMap, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 use crate::wire::peer_message::{CopyHeader, PeerFrame, PeerMessage};
 
-/// What a head wants copied.
+/// What a head wants copied: the first blocks from `block` on that are lacking.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct CopyPiece {
+pub(super) struct CopyWish {
     pub(super) member: NodeId,
     pub(super) epoch: u32,
     pub(super) fill: u64,
+    pub(super) base: Stamp,
     pub(super) block: u32,
+}
+
+/// What is read for it: some blocks of one leaf.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CopyPiece {
+    pub(super) wish: CopyWish,
+    pub(super) first: u32,
     pub(super) count: u32,
+    /// The holes among them are lacking, whatever is known of each.
+    pub(super) holes: bool,
 }
 
 impl<M: Memory> Shard<M> {
     /// A head wants a piece copied. It wants no second one before it has heard of the first.
-    pub(super) fn queue_copy(&mut self, index: usize, piece: CopyPiece) {
-        self.replication.replicas[index].waiting_copy = Some(piece);
+    pub(super) fn queue_copy(&mut self, index: usize, wish: CopyWish) {
+        self.replication.replicas[index].waiting_copy = Some(wish);
         self.start_copy(index);
     }
 
-    /// Reads the piece that waits, once there is memory for it.
+    /// Reads the piece that waits, once it is known which and there is memory for it.
     pub(super) fn start_copy(&mut self, index: usize) {
-        let Some(piece) = self.replication.replicas[index].waiting_copy else { return };
+        let Some(wish) = self.replication.replicas[index].waiting_copy else { return };
+        if !self.knows_what_is_lacking(index, &wish) {
+            return;
+        }
+        let Some(piece) = self.next_lacking(index, wish) else {
+            let now = self.now;
+            let replica = &mut self.replication.replicas[index];
+            replica.waiting_copy = None;
+            let end = replica.head.record().size_blocks;
+            replica.head.copy_sent(now, wish.member, (wish.epoch, wish.fill), end, 0);
+            return self.settle_head(index);
+        };
         let Some(memory) = self.allocate_for_peer(1 + piece.count) else { return };
         self.replication.replicas[index].waiting_copy = None;
         let cookie = self.begin_work(Work::CopyRead { replica: index, piece, memory });
         let served = &self.served[self.replication.replicas[index].served];
-        let range = BlockRange { volume: served.volume, block: piece.block, count: piece.count };
+        let range = BlockRange { volume: served.volume, block: piece.first, count: piece.count };
         let blocks = memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES);
         self.with_lane(served.lane, |lane, context| lane.read(context, cookie, range, blocks));
     }
@@ -54,7 +75,7 @@ impl<M: Memory> Shard<M> {
         completion: &Completion,
     ) {
         let now = self.now;
-        let CopyPiece { member, epoch, fill, .. } = piece;
+        let CopyWish { member, epoch, fill, .. } = piece.wish;
         let link = self.replication.dials.up(member).filter(|_| completion.result.is_ok());
         let Some(link) = link else {
             self.give_back_for_peer(memory);
@@ -66,10 +87,34 @@ impl<M: Memory> Shard<M> {
         self.replication.peer_pages -= memory.len / BLOCK_BYTES;
         self.use_memory(memory);
         let volume = self.replication.replicas[index].volume;
-        let copies = self.send_copies(link, volume, piece, memory, &completion.holes);
+        let copies = self.send_copies(
+            link,
+            volume,
+            piece,
+            memory,
+            &self.lacking_runs(index, &piece, &completion.holes),
+        );
         self.unuse(memory);
-        self.replication.replicas[index].head.copy_sent(now, member, epoch, fill, copies);
+        let next_block = u64::from(piece.first) + u64::from(piece.count);
+        let head = &mut self.replication.replicas[index].head;
+        head.copy_sent(now, member, (epoch, fill), next_block, copies);
         self.settle_head(index);
+    }
+
+    /// What of a piece is lacking: runs of data and of holes.
+    fn lacking_runs(&self, index: usize, piece: &CopyPiece, holes: &HoleMap) -> Vec<CopyHeader> {
+        let mut runs: Vec<CopyHeader> = Vec::new();
+        for offset in 0..piece.count {
+            let (block, data) = (piece.first + offset, !holes.is_hole(offset));
+            if !(self.lacks(index, &piece.wish, block) || !data && piece.holes) {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(run) if run.data == data && run.block + run.count == block => run.count += 1,
+                _ => runs.push(CopyHeader { data, block, count: 1 }),
+            }
+        }
+        runs
     }
 
     /// Sends a piece run by run; says how many there were.
@@ -79,16 +124,13 @@ impl<M: Memory> Shard<M> {
         volume: VolumeNumber,
         piece: CopyPiece,
         memory: MemoryRange,
-        holes: &HoleMap,
+        runs: &[CopyHeader],
     ) -> u32 {
-        let CopyPiece { epoch, fill, .. } = piece;
-        let (mut first, mut copies) = (0, 0);
-        while first < piece.count {
-            let data = !holes.is_hole(first);
-            let end = (first..piece.count).find(|index| holes.is_hole(*index) == data).unwrap_or(piece.count);
-            let copy = CopyHeader { data, block: piece.block + first, count: end - first };
+        let CopyWish { epoch, fill, .. } = piece.wish;
+        for copy in runs.iter().copied() {
             let frame = PeerFrame { volume, message: PeerMessage::Copy { epoch, fill, copy } };
-            if data {
+            if copy.data {
+                let first = copy.block - piece.first;
                 let blocks = memory.part((1 + first) * BLOCK_BYTES, copy.count * BLOCK_BYTES);
                 let bytes = self.memory.bytes(blocks);
                 let checksums: Vec<u32> = bytes.chunks_exact(BLOCK_BYTES_USIZE).map(crc32c).collect();
@@ -96,17 +138,16 @@ impl<M: Memory> Shard<M> {
             } else {
                 self.send_on_link(link, volume, frame.message);
             }
-            (first, copies) = (end, copies + 1);
         }
-        copies
+        u32::try_from(runs.len()).expect("at most a piece")
     }
 
-    /// A head fills the replica here: its order goes on after `after`.
-    pub(super) fn begin_fill_here(&mut self, index: usize, fill: u64, after: Stamp) {
+    /// A head fills the replica here: up to the first stamp it has all in common, and its order goes on after the second.
+    pub(super) fn begin_fill_here(&mut self, index: usize, fill: u64, stamps: (Stamp, Stamp)) {
         let cookie = self.begin_work(Work::BeginFill { replica: index, fill });
         let served = &self.served[self.replication.replicas[index].served];
         let volume = served.volume;
-        self.with_lane(served.lane, |lane, context| lane.restart_order(context, cookie, volume, after));
+        self.with_lane(served.lane, |lane, context| lane.restart_order(context, cookie, volume, stamps));
     }
 
     /// That was all.

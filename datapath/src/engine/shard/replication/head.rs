@@ -2,7 +2,7 @@
 
 use super::super::Shard;
 use super::content::Content;
-use super::fill::CopyPiece;
+use super::fill::CopyWish;
 use super::{Leader, Replica};
 use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
@@ -75,11 +75,15 @@ impl<M: Memory> Shard<M> {
                 HeadEffect::Change { member, epoch, change } => {
                     self.send_change(index, member, epoch, change);
                 }
+                HeadEffect::Compare { member, epoch, fill, base } => {
+                    self.expect_surplus(index, fill);
+                    self.ask_member(index, member, PeerMessage::Compare { epoch, fill, base });
+                }
                 HeadEffect::Fill { member, epoch, fill, after } => {
                     self.ask_member(index, member, PeerMessage::Fill { epoch, after, fill });
                 }
-                HeadEffect::Copy { member, epoch, fill, block, count } => {
-                    self.queue_copy(index, CopyPiece { member, epoch, fill, block, count });
+                HeadEffect::Copy { member, epoch, fill, base, block } => {
+                    self.queue_copy(index, CopyWish { member, epoch, fill, base, block });
                 }
                 HeadEffect::Filled { member, epoch, fill } => {
                     self.ask_member(index, member, PeerMessage::Filled { epoch, fill });
@@ -177,6 +181,8 @@ impl<M: Memory> Shard<M> {
                 let asked = if late { now } else { Moment(asked_ns) };
                 self.replication.replicas[index].head.leased(now, member, epoch, asked);
             }
+            PeerMessage::Surplus { fill, block, count, .. } => self.note_surplus(index, fill, (block, count)),
+            PeerMessage::Compared { epoch, fill, known } => head.compared(now, member, epoch, fill, known),
             PeerMessage::Filling { epoch, fill } => head.filling(now, member, epoch, fill),
             PeerMessage::Copied { epoch, fill, copies } => head.copied(now, member, epoch, fill, copies),
             PeerMessage::Complete { epoch, fill } => head.complete(now, member, epoch, fill),
@@ -244,7 +250,8 @@ impl<M: Memory> Shard<M> {
             self.let_go(content, Err(RequestError::ShuttingDown));
         }
         self.fail_held(index);
-        self.replication.replicas[index].waiting_copy = None;
+        let replica = &mut self.replication.replicas[index];
+        (replica.waiting_copy, replica.source) = (None, None);
         // The replica stays, and follows whoever leads.
         if self.replication.replicas[index].leader == Leader::ThisNode {
             self.replication.replicas[index].leader = Leader::Nobody;

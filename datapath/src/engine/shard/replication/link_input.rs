@@ -203,6 +203,8 @@ impl<M: Memory> Shard<M> {
                 | PeerMessage::Fetched { .. }
                 | PeerMessage::FetchGone { .. }
                 | PeerMessage::Leased { .. }
+                | PeerMessage::Surplus { .. }
+                | PeerMessage::Compared { .. }
                 | PeerMessage::Filling { .. }
                 | PeerMessage::Copied { .. }
                 | PeerMessage::Complete { .. }

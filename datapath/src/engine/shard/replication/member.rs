@@ -25,7 +25,7 @@ impl<M: Memory> Shard<M> {
             return;
         }
         let mut member =
-            Member::new(self.now, lane.promised(volume), lane.last_stamp(volume), lane.is_filling(volume));
+            Member::new(self.now, lane.promised(volume), lane.last_stamp(volume), lane.filling_from(volume));
         let (now, node) = (self.now, self.replication.node());
         member.plant(now, self.replication.bugs);
         let replica = &mut self.replication.replicas[index];
@@ -100,13 +100,17 @@ impl<M: Memory> Shard<M> {
             (Step::Fetch(sequence), PeerMessage::Fetch { epoch, .. }) => {
                 self.fetch(index, asker, epoch, sequence);
             }
-            (Step::BeginFill { fill, after }, _) => self.begin_fill_here(index, fill, after),
+            (Step::Compare { fill, base }, PeerMessage::Compare { epoch, .. }) => {
+                self.compare_here(index, asker, epoch, fill, base);
+            }
+            (Step::BeginFill { fill, after, base }, _) => self.begin_fill_here(index, fill, (base, after)),
             (Step::Copy { fill, runs }, PeerMessage::Copy { copy, .. }) => {
                 return self.append_copy(index, asker, (fill, copy), &runs, memory);
             }
             (Step::EndFill { fill }, _) => self.end_fill_here(index, fill),
             (Step::Answer(answer), _) => {
-                if let (PeerMessage::Lease { committed, .. }, PeerMessage::Leased { .. }) = (message, answer) {
+                if let (PeerMessage::Lease { committed, .. }, PeerMessage::Leased { .. }) = (message, answer)
+                {
                     self.note_committed(index, committed);
                 }
                 self.send_answer(index, asker, answer);
@@ -210,7 +214,7 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    fn send_answer(&mut self, index: usize, asker: Leader, answer: PeerMessage) {
+    pub(super) fn send_answer(&mut self, index: usize, asker: Leader, answer: PeerMessage) {
         match asker {
             Leader::ThisNode => {
                 let node = self.replication.node();

@@ -8,6 +8,7 @@
 //!
 //! The head's own replica is a member like any other, only that no network is between them.
 
+mod compare;
 mod content;
 mod dial;
 mod fill;
@@ -31,9 +32,10 @@ use crate::store::checkpoint_body::VolumeRecord;
 use crate::store::lane::Completion;
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
+use compare::{Comparing, Source};
 use content::{Contents, Users};
 use dial::Dials;
-use fill::CopyPiece;
+use fill::{CopyPiece, CopyWish};
 use link::Link;
 use reads::HeldRead;
 use std::collections::VecDeque;
@@ -95,7 +97,9 @@ struct Replica {
     /// Reads that came back from the lane and may not be answered yet.
     held: Vec<HeldRead>,
     /// What is to be copied to a replica that is filled, while there is no memory for it.
-    waiting_copy: Option<CopyPiece>,
+    waiting_copy: Option<CopyWish>,
+    /// What the replica that is filled from here lacks.
+    source: Option<Box<Source>>,
 }
 
 /// What a lane does for a replica.
@@ -108,6 +112,8 @@ enum Work {
     Copy { replica: usize, fill: u64, last: bool, lent: Option<MemoryRange>, pages: u32 },
     CopyRead { replica: usize, piece: CopyPiece, memory: MemoryRange },
     Fetch { replica: usize, epoch: u32, sequence: u64, memory: MemoryRange, leader: Leader },
+    FindChanged { replica: usize, fill: u64, memory: MemoryRange },
+    Compare { replica: usize, comparing: Comparing, memory: MemoryRange },
 }
 
 /// See the module's text.
@@ -326,6 +332,7 @@ impl<M: Memory> Shard<M> {
             contents: Contents::default(),
             held: Vec::new(),
             waiting_copy: None,
+            source: None,
         });
         index
     }
@@ -382,7 +389,9 @@ impl<M: Memory> Shard<M> {
             Work::CopyRead { replica, piece, memory } => {
                 self.finish_copy_read(replica, piece, memory, completion);
             }
-            Work::Fetch { .. } => unreachable!("fetches are polled"),
+            Work::Fetch { .. } | Work::FindChanged { .. } | Work::Compare { .. } => {
+                unreachable!("these are polled")
+            }
         }
     }
 

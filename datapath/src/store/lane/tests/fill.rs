@@ -95,7 +95,7 @@ impl Filled {
                 let range = BlockRange { volume: 0, block, count };
                 lane.append(context, cookie, kind, range, payload, Stamp { epoch, sequence });
             }
-            Op::Begin(stamp) => lane.restart_order(context, cookie, 0, stamp),
+            Op::Begin(stamp) => lane.restart_order(context, cookie, 0, (Stamp::default(), stamp)),
             Op::Copy { block, count, .. } => {
                 lane.append_copy(context, cookie, BlockRange { volume: 0, block, count }, payload);
             }
@@ -176,7 +176,7 @@ impl Filled {
             equal.unwrap_or_else(|| panic!("no first operations make {:?}", (found.stamp, found.filling)));
         assert!(equal >= answered, "{answered} operations were answered, {equal} are there");
         let lane = &self.world.lane;
-        assert_eq!((lane.last_stamp(0), lane.is_filling(0)), (found.stamp, found.filling));
+        assert_eq!((lane.last_stamp(0), lane.filling_from(0).is_some()), (found.stamp, found.filling));
         equal
     }
 }
@@ -214,13 +214,13 @@ fn power_lost_at_any_point_of_a_fill_leaves_a_prefix() {
         let more = filled.world.random.below(30);
         filled.turn(more);
         filled.crash();
-        let is_filling = filled.world.lane.is_filling(0);
+        let is_filling = filled.world.lane.filling_from(0).is_some();
         filling += u32::from(is_filling);
         done += u32::from(!is_filling && filled.world.lane.last_stamp(0).epoch >= 3);
         // A checkpoint keeps it, and so does the next start.
         filled.world.run();
         filled.world.lose_power();
-        assert_eq!(filled.world.lane.is_filling(0), is_filling);
+        assert_eq!(filled.world.lane.filling_from(0).is_some(), is_filling);
     }
     assert!(filling > 25 && done > 5, "{filling} and {done} crashes prove little");
 }
@@ -236,9 +236,9 @@ fn a_fill_begins_and_ends_behind_what_came_before() {
         filled.give(Op::Change(ChangeKind::Data, 11, 1));
         filled.give(Op::Copy { data: false, block: 12, count: 500 });
         filled.give(Op::Copy { data: false, block: 5 * LEAF_BLOCKS, count: 512 });
-        assert!(!filled.world.lane.is_filling(0), "not in effect yet");
+        assert!(!filled.world.lane.filling_from(0).is_some(), "not in effect yet");
         filled.world.run();
-        assert!(filled.world.lane.is_filling(0));
+        assert!(filled.world.lane.filling_from(0).is_some());
         filled.give(Op::End);
         filled.world.run();
         let mut answers: Vec<u32> = filled.world.answers.iter().map(|(cookie, _)| *cookie).collect();
@@ -257,8 +257,9 @@ fn a_fetch_finds_nothing_of_the_order_that_was_left() {
     for restarts in [false, true] {
         let mut world = World::new(AckPolicy::Durable, 60, 9);
         (0..10).for_each(|_| world.append(ChangeKind::Data, 40, 30, true));
-        world
-            .with_lane(|lane, context| lane.restart_order(context, 1000, 0, Stamp { epoch: 2, sequence: 4 }));
+        world.with_lane(|lane, context| {
+            lane.restart_order(context, 1000, 0, (Stamp::default(), Stamp { epoch: 2, sequence: 4 }))
+        });
         world.epoch = 3;
         for sequence in 5..=8 {
             let stamp = Stamp { epoch: 3, sequence };

@@ -1,0 +1,186 @@
+//! What a replica that comes back lacks: found in two logs, the one it has and the one that it is filled from.
+//!
+//! ```text
+//!   the replica's log, what is kept ──▶ blocks that it changed beyond what is in common ──┐
+//!   the own log, back to there ───────▶ blocks that were changed since ───────────────────┴─▶ lacking
+//!   the own map ──────────────────────▶ leaves changed since: their holes are lacking
+//! ```
+
+use super::super::Shard;
+use super::fill::{CopyPiece, CopyWish};
+use super::{Leader, Work};
+use crate::block_set::BlockSet;
+use crate::limits::PIECE_BLOCKS_MAX;
+use crate::memory::Memory;
+use crate::record::Stamp;
+use crate::store::lane::{Changed, Extent};
+use crate::store::map::LEAF_BLOCKS;
+use crate::wire::peer_message::PeerMessage;
+
+/// Pages for reading the log.
+const WALK_PAGES: u32 = 32;
+/// Blocks that are not lacking are read along if so few lie between two that are.
+const GAP_BLOCKS: u32 = 8;
+
+/// What is known of a replica that is filled from here.
+#[derive(Debug)]
+pub(super) struct Source {
+    fill: u64,
+    /// What the replica has beyond what is in common; later also what was changed here since.
+    lacking: BlockSet,
+    search: Search,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Search {
+    NotBegun,
+    UnderWay,
+    Done,
+    /// The own log cannot tell: all is copied.
+    Failed,
+}
+
+/// A question of a head about this node's replica.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Comparing {
+    asker: Leader,
+    epoch: u32,
+    fill: u64,
+    base: Stamp,
+}
+
+impl<M: Memory> Shard<M> {
+    /// A replica is asked what it has beyond what is in common.
+    pub(super) fn expect_surplus(&mut self, index: usize, fill: u64) {
+        let source = Source { fill, lacking: BlockSet::default(), search: Search::NotBegun };
+        self.replication.replicas[index].source = Some(Box::new(source));
+    }
+
+    /// It has these blocks.
+    pub(super) fn note_surplus(&mut self, index: usize, fill: u64, (block, count): (u32, u32)) {
+        if let Some(source) = self.source_of(index, fill) {
+            source.lacking.insert(block, count);
+        }
+    }
+
+    fn source_of(&mut self, index: usize, fill: u64) -> Option<&mut Source> {
+        self.replication.replicas[index].source.as_deref_mut().filter(|source| source.fill == fill)
+    }
+
+    /// Is it known what must be copied? If not it soon is, and copying goes on by itself.
+    pub(super) fn knows_what_is_lacking(&mut self, index: usize, wish: &CopyWish) -> bool {
+        if wish.base == Stamp::default() {
+            return true;
+        }
+        let source = self.source_of(index, wish.fill).expect("what is in common was compared");
+        match source.search {
+            Search::Done | Search::Failed => return true,
+            Search::UnderWay => return false,
+            Search::NotBegun => {}
+        }
+        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return false };
+        self.source_of(index, wish.fill).expect("just seen").search = Search::UnderWay;
+        let cookie = self.begin_work(Work::FindChanged { replica: index, fill: wish.fill, memory });
+        let served = &self.served[self.replication.replicas[index].served];
+        let (lane, volume, after) = (served.lane, served.volume, wish.base.sequence);
+        self.with_lane(lane, |lane, _| lane.find_changed(cookie, volume, after, Extent::All, memory));
+        self.progress = true;
+        false
+    }
+
+    /// A lane has looked through its log.
+    pub(in crate::engine::shard) fn finish_changed(&mut self, changed: Changed) {
+        match self.replication.works.remove(changed.cookie & !super::COOKIE) {
+            Work::FindChanged { replica, fill, memory } => {
+                self.give_back_for_peer(memory);
+                if let Some(source) = self.source_of(replica, fill) {
+                    source.search = if changed.blocks.is_some() { Search::Done } else { Search::Failed };
+                    changed.blocks.iter().for_each(|blocks| source.lacking.extend(blocks));
+                    self.start_copy(replica);
+                }
+            }
+            Work::Compare { replica, comparing, memory } => {
+                self.give_back_for_peer(memory);
+                self.answer_comparison(replica, comparing, changed.blocks);
+            }
+            _ => unreachable!("no other work walks through the log"),
+        }
+    }
+
+    /// Does the replica lack what this block holds?
+    pub(super) fn lacks(&self, index: usize, wish: &CopyWish, block: u32) -> bool {
+        if wish.base == Stamp::default() {
+            return true;
+        }
+        match self.replication.replicas[index].source.as_deref().filter(|source| source.fill == wish.fill) {
+            Some(source) => source.search == Search::Failed || source.lacking.contains(block),
+            // The fill has ended: whatever is sent is of no account.
+            None => false,
+        }
+    }
+
+    /// The first blocks from `wish.block` on that are lacking, or nothing.
+    pub(super) fn next_lacking(&self, index: usize, wish: CopyWish) -> Option<CopyPiece> {
+        let replica = &self.replication.replicas[index];
+        let end =
+            u32::try_from(replica.head.record().size_blocks).expect("volumes have less than 2^32 blocks");
+        let source = replica.source.as_deref().filter(|source| source.fill == wish.fill);
+        let source = source.filter(|source| wish.base != Stamp::default() && source.search == Search::Done);
+        let Some(source) = source else {
+            let count = (end - wish.block).min(PIECE_BLOCKS_MAX - wish.block % PIECE_BLOCKS_MAX);
+            return Some(CopyPiece { wish, first: wish.block, count, holes: true }).filter(|_| count > 0);
+        };
+        let next = source.lacking.next_from(wish.block).filter(|block| *block < end);
+        let served = &self.served[replica.served];
+        let lane = &self.lanes[served.lane].lane;
+        let changed = |leaf: &u32| lane.may_have_changed(served.volume, *leaf, wish.base.sequence);
+        let leaves = wish.block / LEAF_BLOCKS..=next.unwrap_or(end - 1) / LEAF_BLOCKS;
+        if let Some(leaf) = leaves.into_iter().find(changed) {
+            let first = wish.block.max(leaf * LEAF_BLOCKS);
+            let leaf_end = end.min((leaf + 1).saturating_mul(LEAF_BLOCKS));
+            let count = (leaf_end - first).min(PIECE_BLOCKS_MAX);
+            return Some(CopyPiece { wish, first, count, holes: true });
+        }
+        let first = next?;
+        let most = (LEAF_BLOCKS - first % LEAF_BLOCKS).min(PIECE_BLOCKS_MAX).min(end - first);
+        let mut count = 1;
+        for further in 1..most {
+            if source.lacking.contains(first + further) {
+                count = further + 1;
+            } else if further - count >= GAP_BLOCKS {
+                break;
+            }
+        }
+        Some(CopyPiece { wish, first, count, holes: false })
+    }
+
+    /// A head asks what the replica here has beyond what is in common.
+    pub(super) fn compare_here(&mut self, index: usize, asker: Leader, epoch: u32, fill: u64, base: Stamp) {
+        // Without memory the question is dropped; the head gives up and begins anew.
+        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return };
+        let comparing = Comparing { asker, epoch, fill, base };
+        let cookie = self.begin_work(Work::Compare { replica: index, comparing, memory });
+        let served = &self.served[self.replication.replicas[index].served];
+        let (lane, volume, after) = (served.lane, served.volume, base.sequence);
+        self.with_lane(lane, |lane, _| lane.find_changed(cookie, volume, after, Extent::Kept, memory));
+        self.progress = true;
+    }
+
+    fn answer_comparison(&mut self, index: usize, comparing: Comparing, blocks: Option<BlockSet>) {
+        let Comparing { asker, epoch, fill, base } = comparing;
+        let Some(member) = &mut self.replication.replicas[index].member else { return };
+        if blocks.is_some() {
+            member.compared(fill, base);
+        }
+        let known = blocks.is_some();
+        let blocks = blocks.unwrap_or_default();
+        let mut next = blocks.next_from(0);
+        while let Some(block) = next {
+            let most = LEAF_BLOCKS - block % LEAF_BLOCKS;
+            let count = (1..most).find(|further| !blocks.contains(block + further)).unwrap_or(most);
+            self.send_answer(index, asker, PeerMessage::Surplus { epoch, fill, block, count });
+            next = blocks.next_from(block + count);
+        }
+        self.send_answer(index, asker, PeerMessage::Compared { epoch, fill, known });
+    }
+}
