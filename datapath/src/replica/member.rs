@@ -13,6 +13,7 @@
 //! | promise | refused | reported again | stored, then reported |
 //! | change | refused | appended, acknowledged or answered with the position | a violation: heads ask for the promise first |
 //! | fetch | refused | read from the log | a violation |
+//! | read | refused | read from the volume | a violation |
 //! | lease | refused | granted | a violation |
 //! | fill | refused | its order goes on after the stamp named there | a violation |
 //! | copy, filled | refused | taken, if they are of the last fill | a violation |
@@ -59,6 +60,8 @@ pub enum Step {
     },
     /// Read the change out of the log and answer.
     Fetch(u64),
+    /// Read the blocks of the volume and answer.
+    Read,
     /// Nothing now.
     Nothing,
     /// No correct head sends this: close the connection.
@@ -160,6 +163,7 @@ impl Member {
             PeerMessage::Promise { epoch } => self.handle_promise(now, epoch),
             PeerMessage::Change { epoch, change, .. } => self.under(epoch, |member| member.take(change)),
             PeerMessage::Fetch { epoch, sequence } => self.under(epoch, |_| Step::Fetch(sequence)),
+            PeerMessage::Read { epoch, .. } => self.under(epoch, Member::read),
             PeerMessage::Lease { epoch, asked_ns } => self.under(epoch, |member| {
                 member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
                 Step::Answer(PeerMessage::Leased { epoch, asked_ns })
@@ -171,6 +175,11 @@ impl Member {
             PeerMessage::Filled { epoch, fill } => self.under(epoch, |member| member.end_fill(fill)),
             _ => Step::Violation,
         }
+    }
+
+    /// Only a member in sync is asked, and that one is not being filled.
+    fn read(&mut self) -> Step {
+        if matches!(self.fill, Fill::None) { Step::Read } else { Step::Nothing }
     }
 
     /// Whatever it holds is given up for what the head will send.

@@ -1,6 +1,7 @@
 //! What heads ask of this node's members, carried out.
 
 use super::super::Shard;
+use super::peer_read::PeerPiece;
 use super::{Leader, Replica, Work};
 use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
@@ -99,6 +100,9 @@ impl<M: Memory> Shard<M> {
             (Step::Fetch(sequence), PeerMessage::Fetch { epoch, .. }) => {
                 self.fetch(index, asker, epoch, sequence);
             }
+            (Step::Read, PeerMessage::Read { epoch, read, block, count }) => {
+                self.read_for_head(index, asker, PeerPiece { epoch, read, block, count });
+            }
             (Step::BeginFill { fill, after }, _) => self.begin_fill_here(index, fill, after),
             (Step::Copy { fill, runs }, PeerMessage::Copy { copy, .. }) => {
                 return self.append_copy(index, asker, (fill, copy), &runs, memory);
@@ -195,7 +199,7 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    fn send_answer(&mut self, index: usize, asker: Leader, answer: PeerMessage) {
+    pub(super) fn send_answer(&mut self, index: usize, asker: Leader, answer: PeerMessage) {
         match asker {
             Leader::ThisNode => {
                 let node = self.replication.node();
@@ -256,7 +260,7 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    fn send_fetched(
+    pub(super) fn send_fetched(
         &mut self,
         (id, generation): (ConnectionId, u64),
         index: usize,
@@ -286,6 +290,7 @@ fn epoch_of_order(message: PeerMessage) -> Option<u32> {
     match message {
         PeerMessage::Change { epoch, .. }
         | PeerMessage::Fetch { epoch, .. }
+        | PeerMessage::Read { epoch, .. }
         | PeerMessage::Lease { epoch, .. } => Some(epoch),
         _ => None,
     }

@@ -15,17 +15,20 @@ mod head;
 mod link;
 mod link_input;
 mod member;
+mod peer_read;
 mod reads;
 
 use super::{Served, Shard};
 use crate::engine::ports::ConnectionId;
 use crate::engine::region_locks::RegionLocks;
+use crate::engine::report::RepairReport;
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
 use crate::replica::bugs::Bugs;
 use crate::replica::head::Head;
 use crate::replica::member::Member;
+use crate::replica::peer_reads::PeerReads;
 use crate::request::ExportIndex;
 use crate::store::checkpoint_body::VolumeRecord;
 use crate::store::lane::Completion;
@@ -35,6 +38,7 @@ use content::{Contents, Users};
 use dial::Dials;
 use fill::CopyPiece;
 use link::Link;
+use peer_read::PeerPiece;
 use reads::HeldRead;
 use std::collections::VecDeque;
 
@@ -96,6 +100,10 @@ struct Replica {
     held: Vec<HeldRead>,
     /// What is to be copied to a replica that is filled, while there is no memory for it.
     waiting_copy: Option<CopyPiece>,
+    /// What the own replica cannot give is asked of another.
+    peer_reads: PeerReads,
+    /// By their numbers there: how these reads ended here.
+    damaged_reads: Vec<(u64, Completion)>,
 }
 
 /// What a lane does for a replica.
@@ -108,6 +116,8 @@ enum Work {
     Copy { replica: usize, fill: u64, last: bool, lent: Option<MemoryRange>, pages: u32 },
     CopyRead { replica: usize, piece: CopyPiece, memory: MemoryRange },
     Fetch { replica: usize, epoch: u32, sequence: u64, memory: MemoryRange, leader: Leader },
+    ReadForHead { replica: usize, read: PeerPiece, memory: MemoryRange, leader: Leader },
+    Repair { blocks: u32, lent: MemoryRange, pages: u32 },
 }
 
 /// See the module's text.
@@ -134,6 +144,7 @@ pub(super) struct Replication {
     peer_pages_max: u32,
     /// Fills that ended because the own replica could not be read.
     copies_failed: u64,
+    pub(super) repairs: RepairReport,
 }
 
 impl Replication {
@@ -153,6 +164,7 @@ impl Replication {
             users: Users::new(if node.is_some() { memory_bytes } else { 0 }),
             peer_pages: 0,
             copies_failed: 0,
+            repairs: RepairReport::default(),
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
     }
@@ -194,7 +206,8 @@ impl Replication {
     pub(super) fn poll_timeout(&self) -> Option<Moment> {
         let heads = self.replicas.iter().filter_map(|replica| replica.head.poll_timeout());
         let greeting = self.greetings_due.front().map(|(moment, ..)| *moment);
-        heads.chain(self.dials.poll_timeout()).chain(greeting).min()
+        let reads = self.replicas.iter().filter_map(|replica| replica.peer_reads.poll_timeout());
+        heads.chain(reads).chain(self.dials.poll_timeout()).chain(greeting).min()
     }
 }
 
@@ -327,6 +340,8 @@ impl<M: Memory> Shard<M> {
             contents: Contents::default(),
             held: Vec::new(),
             waiting_copy: None,
+            peer_reads: PeerReads::default(),
+            damaged_reads: Vec::new(),
         });
         index
     }
@@ -348,6 +363,7 @@ impl<M: Memory> Shard<M> {
                 head.handle_timeout(now);
             }
             self.settle_head(index);
+            self.advance_peer_reads(index);
             self.answer_held(index);
         }
         self.dial_members();
@@ -382,6 +398,15 @@ impl<M: Memory> Shard<M> {
             }
             Work::CopyRead { replica, piece, memory } => {
                 self.finish_copy_read(replica, piece, memory, completion);
+            }
+            Work::ReadForHead { replica, read, memory, leader } => {
+                self.finish_read_for_head(replica, read, memory, leader, completion.result.is_ok());
+            }
+            Work::Repair { blocks, lent, pages } => {
+                self.replication.peer_pages -= pages;
+                self.unuse(lent);
+                self.replication.repairs.blocks_repaired +=
+                    if completion.result.is_ok() { u64::from(blocks) } else { 0 };
             }
             Work::Fetch { .. } => unreachable!("fetches are polled"),
         }
@@ -431,10 +456,10 @@ impl<M: Memory> Shard<M> {
     pub(super) fn describe_replication(&self, out: &mut String) {
         use std::fmt::Write;
         for replica in &self.replication.replicas {
-            let Replica { volume, head, member, leader, held, contents, .. } = replica;
+            let Replica { volume, head, member, leader, held, contents, peer_reads, .. } = replica;
             let _ = writeln!(
                 out,
-                "{volume:?}: {}\n  member {member:?} of {leader:?}, held {}, contents {}",
+                "{volume:?}: {}\n  member {member:?} of {leader:?}, held {}, contents {}, {peer_reads:?}",
                 head.describe(),
                 held.len(),
                 contents.len()
