@@ -24,7 +24,8 @@ impl BlockBits {
         self.words[index as usize / 64] >> (index % 64) & 1 == 1
     }
 
-    fn set(&mut self, index: u32) {
+    /// Sets it.
+    pub fn set(&mut self, index: u32) {
         self.words[index as usize / 64] |= 1 << (index % 64);
     }
 
@@ -68,16 +69,16 @@ impl HoleMap {
     }
 }
 
-/// What a read could not give, and where it should have gone.
+/// What was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Damaged {
-    /// All that was to be read.
+pub struct BlocksRead {
+    /// Which blocks.
     pub range: BlockRange,
-    /// Into what; nothing of it counts.
+    /// Into what. If the read failed nothing of it counts.
     pub memory: MemoryRange,
     /// The blocks of the range that cannot be read or have wrong checksums. None of them if it is a leaf of the map that
     /// is damaged: then nobody knows what is good.
-    pub blocks: BlockBits,
+    pub damaged: BlockBits,
 }
 
 /// A read under way.
@@ -233,29 +234,24 @@ impl Lane {
             }
         }
         let failed = read.failed || bad.any();
+        self.end_read(&read, holes, bad, failed);
         read.mappings.clear();
         self.spare_mappings.push(read.mappings);
-        self.end_read(read.cookie, holes, failed.then_some((read.range, read.memory, bad)));
     }
 
-    fn end_read(
-        &mut self,
-        cookie: u32,
-        holes: HoleMap,
-        damaged: Option<(BlockRange, MemoryRange, BlockBits)>,
-    ) {
-        let result = if damaged.is_some() { Err(RequestError::Io) } else { Ok(()) };
-        let damaged = damaged.map(|(range, memory, blocks)| Damaged { range, memory, blocks });
-        self.completions.push_back(Completion { cookie, result, holes, damaged });
+    fn end_read(&mut self, read: &Read, holes: HoleMap, damaged: BlockBits, failed: bool) {
+        let result = if failed { Err(RequestError::Io) } else { Ok(()) };
+        let blocks = BlocksRead { range: read.range, memory: read.memory, damaged };
+        let completion = Completion { cookie: read.cookie, result, holes, read: Some(blocks) };
+        self.completions.push_back(completion);
     }
 
     /// A leaf of the read cannot be read: what it maps is unknown, which is not the same as a hole.
     pub(super) fn refuse_read(&mut self, index: u32) {
         let mut read = self.reads.remove(index);
         read.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
+        self.end_read(&read, HoleMap::default(), BlockBits::default(), true);
         read.mappings.clear();
         self.spare_mappings.push(read.mappings);
-        let damaged = (read.range, read.memory, BlockBits::default());
-        self.end_read(read.cookie, HoleMap::default(), Some(damaged));
     }
 }

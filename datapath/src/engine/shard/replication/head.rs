@@ -58,7 +58,7 @@ impl<M: Memory> Shard<M> {
             cookie: piece,
             result,
             holes: HoleMap::default(),
-            damaged: None,
+            read: None,
         });
     }
 

@@ -145,6 +145,8 @@ pub(super) struct Replication {
     /// Fills that ended because the own replica could not be read.
     copies_failed: u64,
     pub(super) repairs: RepairReport,
+    /// For simulations; 0 for never.
+    feigns_damage_in: u32,
 }
 
 impl Replication {
@@ -165,6 +167,7 @@ impl Replication {
             peer_pages: 0,
             copies_failed: 0,
             repairs: RepairReport::default(),
+            feigns_damage_in: 0,
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
     }

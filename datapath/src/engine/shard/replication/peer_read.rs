@@ -13,9 +13,10 @@ use super::{COOKIE, Leader, Replica, Work};
 use crate::checksum::crc32c;
 use crate::memory::Memory;
 use crate::record::NodeId;
+use crate::replica::bugs::PlantedBug;
 use crate::replica::peer_reads::{Answer, Turn};
 use crate::request::RequestError;
-use crate::store::lane::{BlockRange, Completion, Damaged, HoleMap, Payload};
+use crate::store::lane::{BlockRange, BlocksRead, Completion, HoleMap, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 use crate::wire::peer_message::{ChangeHeader, PeerMessage};
 
@@ -32,16 +33,34 @@ impl<M: Memory> Shard<M> {
     /// A lane's answer. If it is a damaged read of a volume that is led here, another replica is asked, and true is
     /// returned: the read goes on.
     pub(in crate::engine::shard) fn ask_another_replica(&mut self, completion: &Completion) -> bool {
-        let Some(damaged) = completion.damaged else { return false };
+        let Some(mut blocks) = completion.read else { return false };
+        if completion.result.is_ok() && !self.feign_damage(completion, &mut blocks) {
+            return false;
+        }
         let Some(index) = self.replica_of_read(completion.cookie) else { return false };
         let now = self.now;
         let replica = &mut self.replication.replicas[index];
         if !replica.head.is_serving() {
             return false;
         }
-        let read = replica.peer_reads.begin(now, damaged.range.block, damaged.range.count);
-        replica.damaged_reads.push((read, *completion));
+        let read = replica.peer_reads.begin(now, blocks.range.block, blocks.range.count);
+        replica.damaged_reads.push((read, Completion { read: Some(blocks), ..*completion }));
         self.advance_peer_reads(index);
+        true
+    }
+
+    /// For simulations: takes one in so many reads for damaged though they are good, and one of their blocks.
+    pub fn feign_damage_in(&mut self, reads: u32) {
+        self.replication.feigns_damage_in = reads;
+    }
+
+    fn feign_damage(&mut self, completion: &Completion, blocks: &mut BlocksRead) -> bool {
+        let in_all = u64::from(self.replication.feigns_damage_in);
+        if in_all == 0 || !self.replication.random().is_multiple_of(in_all) {
+            return false;
+        }
+        let data = (0..blocks.range.count).find(|index| !completion.holes.is_hole(*index));
+        data.into_iter().for_each(|index| blocks.damaged.set(index));
         true
     }
 
@@ -81,7 +100,7 @@ impl<M: Memory> Shard<M> {
                 }
                 Some(Turn::GiveUp { read }) => {
                     self.replication.repairs.reads_without_good_copy += 1;
-                    self.end_damaged_read(index, read, Err(RequestError::Io));
+                    self.end_damaged_read(index, read, |completion| completion);
                 }
             }
         }
@@ -101,28 +120,32 @@ impl<M: Memory> Shard<M> {
         let answer = replica.peer_reads.answered(member, read, block, count);
         let Some(Answer { may_repair }) = answer else { return self.give_back_for_peer(memory) };
         let known = replica.damaged_reads.iter().find(|(known, _)| *known == read);
-        let damaged = known.and_then(|(_, completion)| completion.damaged).expect("kept until it ends");
+        let blocks = known.and_then(|(_, completion)| completion.read).expect("kept until it ends");
+        let may_repair = may_repair || self.replication.bugs.has(PlantedBug::RepairOverNewer);
         // Whoever leads another epoch has its changes appended here, and this head does not know them.
         let is_own_log = replica.leader == Leader::ThisNode && replica.member.is_some();
-        self.memory.copy(memory.part(BLOCK_BYTES, count * BLOCK_BYTES), damaged.memory);
+        self.memory.copy(memory.part(BLOCK_BYTES, count * BLOCK_BYTES), blocks.memory);
         self.replication.repairs.reads_from_peers += 1;
         // First the own log: whoever reads may be a write that changes a part of the block, and comes behind.
         if may_repair && is_own_log {
-            self.repair(index, damaged, memory);
+            self.repair(index, blocks, memory);
         } else {
             self.give_back_for_peer(memory);
         }
-        self.end_damaged_read(index, read, Ok(()));
+        self.end_damaged_read(index, read, |completion| Completion {
+            result: Ok(()),
+            holes: HoleMap::default(),
+            ..completion
+        });
         self.advance_peer_reads(index);
     }
 
-    fn end_damaged_read(&mut self, index: usize, read: u64, result: Result<(), RequestError>) {
+    fn end_damaged_read(&mut self, index: usize, read: u64, how: impl FnOnce(Completion) -> Completion) {
         let reads = &mut self.replication.replicas[index].damaged_reads;
         let position = reads.iter().position(|(known, _)| *known == read).expect("kept until it ends");
-        let (_, Completion { cookie, .. }) = reads.swap_remove(position);
-        let completion = Completion { cookie, result, holes: HoleMap::default(), damaged: None };
+        let completion = how(reads.swap_remove(position).1);
         self.progress = true;
-        if Shard::<M>::is_replication_cookie(cookie) {
+        if Shard::<M>::is_replication_cookie(completion.cookie) {
             self.finish_work(&completion);
         } else if !self.hold_read(&completion) {
             self.finish_piece(&completion);
@@ -134,16 +157,19 @@ impl<M: Memory> Shard<M> {
         self.replication.replicas[index].peer_reads.clear();
         while let Some((read, _)) = self.replication.replicas[index].damaged_reads.last() {
             let read = *read;
-            self.end_damaged_read(index, read, Err(RequestError::ShuttingDown));
+            self.end_damaged_read(index, read, |completion| Completion {
+                result: Err(RequestError::ShuttingDown),
+                ..completion
+            });
         }
     }
 
     /// Appends the damaged blocks to the own log. They are what the volume holds there after every change that the log has
     /// or is given, up to the next change of these blocks, which will come behind them.
-    fn repair(&mut self, index: usize, damaged: Damaged, memory: MemoryRange) {
-        let BlockRange { volume, block, .. } = damaged.range;
+    fn repair(&mut self, index: usize, blocks: BlocksRead, memory: MemoryRange) {
+        let BlockRange { volume, block, .. } = blocks.range;
         let lane = self.served[self.replication.replicas[index].served].lane;
-        let runs = damaged.blocks.runs();
+        let runs = blocks.damaged.runs();
         if runs.is_empty() {
             return self.give_back_for_peer(memory);
         }

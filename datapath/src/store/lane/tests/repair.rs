@@ -1,7 +1,7 @@
 //! Damaged blocks of a volume that is served: what a read says of them, and what a copy from another replica does.
 
 use super::*;
-use crate::store::lane::{Completion, Damaged, OwnedPayload};
+use crate::store::lane::{BlocksRead, Completion, OwnedPayload};
 use crate::store::map::LEAF_BLOCKS;
 use crate::units::BLOCK_BYTES;
 
@@ -82,22 +82,20 @@ fn a_read_names_the_damaged_blocks_and_no_others() {
     rot(&mut world, 20, false);
     rot(&mut world, 21, false);
     let (completion, _) = read(&mut world, 8, 20);
-    let Damaged { range, memory, blocks } = completion.damaged.unwrap();
+    let BlocksRead { range, memory, damaged } = completion.read.unwrap();
     assert_eq!(completion.result, Err(RequestError::Io));
     assert_eq!(
-        (range, blocks.runs()),
+        (range, damaged.runs()),
         (BlockRange { volume: 0, block: 8, count: 20 }, vec![(4, 1), (12, 2)])
     );
     assert_eq!(memory.len, 20 * BLOCK_BYTES);
-    assert_eq!(read(&mut world, 22, 8).0.damaged, None);
+    let (completion, _) = read(&mut world, 22, 8);
+    assert_eq!((completion.result, completion.read.unwrap().damaged.runs()), (Ok(()), vec![]));
     // A leaf that is damaged says nothing of single blocks.
     rot(&mut world, 600, true);
     world.restart();
     let (completion, _) = read(&mut world, 598, 10);
-    assert_eq!(
-        (completion.result, completion.damaged.unwrap().blocks.runs()),
-        (Err(RequestError::Io), vec![])
-    );
+    assert_eq!((completion.result, completion.read.unwrap().damaged.runs()), (Err(RequestError::Io), vec![]));
 }
 
 #[test]
