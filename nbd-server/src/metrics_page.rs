@@ -53,7 +53,7 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 12] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 15] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
     (
         "connections_abandoned",
@@ -78,6 +78,21 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 12] = [
     ("inputs_parked", "Times that a stalled connection gave back its receive buffer", |shard| {
         shard.report.inputs_parked
     }),
+    (
+        "reads_from_other_replicas",
+        "Reads answered by another replica because the own one is damaged",
+        |shard| shard.report.repairs.reads_from_peers,
+    ),
+    (
+        "blocks_repaired_from_replicas",
+        "Damaged blocks written again with another replica's content",
+        |shard| shard.report.repairs.blocks_repaired,
+    ),
+    (
+        "reads_without_good_copy",
+        "Reads of damaged blocks that no other replica in sync could answer",
+        |shard| shard.report.repairs.reads_without_good_copy,
+    ),
     ("device_failures", "Device operations that the kernel failed", |shard| shard.counters.device_failures),
     ("device_transfers_in_parts", "Device operations done in parts", |shard| shard.counters.short_transfers),
 ];

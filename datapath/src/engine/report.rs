@@ -82,6 +82,17 @@ pub struct LaneReport {
     pub failed: bool,
 }
 
+/// What other replicas did for a head whose own replica could not give what was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RepairReport {
+    /// Reads answered with what another replica holds.
+    pub reads_from_peers: u64,
+    /// Damaged blocks that were written again here, with what another replica holds.
+    pub blocks_repaired: u64,
+    /// Reads that no replica in sync could answer.
+    pub reads_without_good_copy: u64,
+}
+
 /// How a shard fares.
 #[derive(Clone, Debug, Default)]
 pub struct ShardReport {
@@ -97,6 +108,8 @@ pub struct ShardReport {
     pub connections_abandoned: u64,
     /// Connections that did not finish their handshake in time.
     pub handshakes_timed_out: u64,
+    /// For replicated volumes.
+    pub repairs: RepairReport,
     /// Connections closed because others waited for memory that they held and their clients did nothing about.
     pub connections_put_out: u64,
     /// Receive buffers that connections keep now although they cannot go on.

@@ -16,16 +16,19 @@ pub enum PlantedBug {
     PromiseInMemory,
     /// A read shows what is not committed.
     ReadBeforeCommit,
+    /// What another replica gave for a damaged block is written again over a change that came meanwhile.
+    RepairOverNewer,
 }
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 5] = [
+    pub const ALL: [(PlantedBug, &'static str); 6] = [
         (PlantedBug::AckBeforeRemoval, "ack-before-removal"),
         (PlantedBug::LeaseFromReceipt, "lease-from-receipt"),
         (PlantedBug::LeaseForgotten, "lease-forgotten"),
         (PlantedBug::PromiseInMemory, "promise-in-memory"),
         (PlantedBug::ReadBeforeCommit, "read-before-commit"),
+        (PlantedBug::RepairOverNewer, "repair-over-newer"),
     ];
 }
 

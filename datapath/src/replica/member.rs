@@ -13,6 +13,7 @@
 //! | promise | refused | reported again | stored, then reported |
 //! | change | refused | appended, acknowledged or answered with the position | a violation: heads ask for the promise first |
 //! | fetch | refused | read from the log | a violation |
+//! | read | refused | read from the volume | a violation |
 //! | lease | refused | granted | a violation |
 //! | compare | refused | answered with what its log changed after the stamp named there | a violation |
 //! | fill | refused | its order goes on after the stamp named there | a violation |
@@ -71,6 +72,8 @@ pub enum Step {
     },
     /// Read the change out of the log and answer.
     Fetch(u64),
+    /// Read the blocks of the volume and answer.
+    Read,
     /// Nothing now.
     Nothing,
     /// No correct head sends this: close the connection.
@@ -178,6 +181,7 @@ impl Member {
             PeerMessage::Promise { epoch } => self.handle_promise(now, epoch),
             PeerMessage::Change { epoch, change, .. } => self.under(epoch, |member| member.take(change)),
             PeerMessage::Fetch { epoch, sequence } => self.under(epoch, |_| Step::Fetch(sequence)),
+            PeerMessage::Read { epoch, .. } => self.under(epoch, Member::read),
             PeerMessage::Lease { epoch, asked_ns, .. } => self.under(epoch, |member| {
                 member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
                 Step::Answer(PeerMessage::Leased { epoch, asked_ns })
@@ -195,6 +199,11 @@ impl Member {
         }
     }
 
+    /// Only a member in sync is asked, and that one is not being filled.
+    fn read(&mut self) -> Step {
+        if matches!(self.fill, Fill::None) { Step::Read } else { Step::Nothing }
+    }
+
     /// Whatever it holds is given up for what the head will send.
     fn begin_fill(&mut self, epoch: u32, fill: u64, after: Stamp) -> Step {
         if after.epoch > epoch {
@@ -203,7 +212,7 @@ impl Member {
         self.last = after;
         self.ack_due = false;
         let compared = self.compared.take().filter(|(other, _)| *other == fill);
-        let base = compared.map_or(Stamp::default(), |(_, base)| base);
+        let base = compared.map_or_else(Stamp::default, |(_, base)| base);
         self.fill = Fill::Now(Box::new(Filling::new(fill, after, base)));
         Step::BeginFill { fill, after, base }
     }

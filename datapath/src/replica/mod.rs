@@ -17,6 +17,7 @@ pub mod bugs;
 mod fill;
 pub mod head;
 pub mod member;
+pub mod peer_reads;
 #[cfg(test)]
 mod tests;
 

@@ -445,6 +445,7 @@ impl World {
             }
             Step::EndFill { fill } => process.writing.push_back(Write::EndFill(fill)),
             Step::Nothing => {}
+            Step::Read => unreachable!("nothing is damaged in these worlds"),
             Step::Violation => panic!("node {from} sent {message:?}"),
         }
         self.answer_due(node, from);
@@ -538,7 +539,8 @@ impl World {
             changed.for_each(|change| lacking.insert(change.block, change.count));
         }
         let first = lacking.next_from(block).unwrap_or(VOLUME_BLOCKS);
-        let end = (first + 1 + self.random.below(256) as u32).min(VOLUME_BLOCKS).min((first / 512 + 1) * 512);
+        let longest = u32::try_from(self.random.below(256)).unwrap();
+        let end = (first + 1 + longest).min(VOLUME_BLOCKS).min((first / 512 + 1) * 512);
         let content = &self.nodes[node].content;
         let cells: Vec<Cell> = (first..end)
             .filter(|block| lacking.contains(*block))

@@ -315,7 +315,9 @@ impl Map {
         frame.loaded = slot.place == Place::NONE;
         frame.recently_used = true;
         if frame.loaded {
+            // Of the leaf that was here before nothing stays, or its CRCs would be written for holes.
             frame.content.places.fill(0);
+            frame.content.crcs.fill(0);
         } else {
             self.misses += 1;
         }
@@ -514,6 +516,56 @@ mod tests {
         assert_eq!(cache.encode_frozen(frame, &mut block), (7, false));
         assert_eq!((u32_at(&block, 20), u32_at(&block, 2048 + 20)), (50, !50));
         assert_eq!((cache.get(frame, 5), cache.dirty_count()), (mapping(51), 1));
+    }
+
+    #[test]
+    fn the_leaf_keeps_its_bytes() {
+        let mut cache = map(1 << 20);
+        let frame = cache.admit(1, 3);
+        let entry = |place, crc| Mapping { place: Place(place), crc };
+        cache.set(frame, 0, entry(0x0403_0201, 0x1413_1211), 7);
+        cache.set(frame, 1, entry(0xfffe_fdfc, 0x2423_2221), 8);
+        cache.set(frame, 2, Mapping { place: Place::LOST, crc: 0 }, 9);
+        cache.set(frame, 3, entry(77, 88), 10);
+        cache.set(frame, 3, Mapping { place: Place::NONE, crc: 0 }, 11);
+        cache.set(frame, 511, entry(0x0807_0605, 0x1817_1615), 12);
+        cache.freeze();
+        let mut block = [0xaa; BLOCK_BYTES_USIZE];
+        assert_eq!(cache.encode_frozen(frame, &mut block), (12, false));
+
+        let mut golden = [0; BLOCK_BYTES_USIZE];
+        golden[..12].copy_from_slice(&[1, 2, 3, 4, 0xfc, 0xfd, 0xfe, 0xff, 0xff, 0xff, 0xff, 0xff]);
+        golden[2044..2048].copy_from_slice(&[5, 6, 7, 8]);
+        golden[2048..2056].copy_from_slice(&[0x11, 0x12, 0x13, 0x14, 0x21, 0x22, 0x23, 0x24]);
+        golden[4092..].copy_from_slice(&[0x15, 0x16, 0x17, 0x18]);
+        for (at, (byte, expected)) in block.iter().zip(&golden).enumerate() {
+            assert_eq!(byte, expected, "byte {at}");
+        }
+
+        let mut other = map(1 << 20);
+        other.set_leaf_on_device(1, 3, mapping(9), 12);
+        let read = other.admit(1, 3);
+        other.finish_load(read, &golden);
+        assert!((0..LEAF_BLOCKS).all(|offset| other.get(read, offset) == cache.get(frame, offset)));
+    }
+
+    #[test]
+    fn a_new_leaf_has_nothing_of_the_one_before_it_in_memory() {
+        let mut cache = map(0);
+        for leaf in 0..16 {
+            cache.set_leaf_on_device(1, leaf, mapping(100 + leaf), 1);
+            let frame = cache.admit(1, leaf);
+            cache.finish_load(frame, &[0xee; BLOCK_BYTES_USIZE]);
+        }
+        let frame = cache.admit(0, 0);
+        assert_eq!(cache.evictions, 1, "its memory had another leaf");
+        cache.set(frame, 5, mapping(50), 7);
+        cache.freeze();
+        let mut block = [0; BLOCK_BYTES_USIZE];
+        cache.encode_frozen(frame, &mut block);
+        let entry = [20..24, 2068..2072];
+        let rest = (0..BLOCK_BYTES_USIZE).filter(|at| !entry.iter().any(|range| range.contains(at)));
+        assert!(rest.into_iter().all(|at| block[at] == 0));
     }
 
     #[test]

@@ -6,6 +6,8 @@ pub mod check;
 pub mod checkpoint_body;
 mod fields;
 pub mod format;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod lane;
 pub mod layout;
 pub mod map;

@@ -16,7 +16,9 @@ use super::map::{FrameIndex, LEAF_BLOCKS, Map, Mapping, Presence};
 use super::root::{Cursor, LOGGED_STREAMS, PlaceRun, Root, choose_root, write_order};
 use super::segment::SegmentTable;
 use crate::checksum::crc32c;
+use crate::limits::VOLUME_BYTES_MAX;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Reads a pool while it is not being served.
@@ -251,29 +253,51 @@ fn read_body(reader: &mut impl PoolReader, layout: &Layout, root: &Root) -> Opti
         return Some(Body::default());
     }
     let body = root.body.iter().find_map(|copy| read_body_copy(reader, root, copy))?;
-    let segments = layout.segments_in(reader.len_bytes());
+    is_sensible(layout, layout.segments_in(reader.len_bytes()), root, &body).then_some(body)
+}
+
+/// Whatever wrote them with good checksums: does what root and body say fit the pool, so that it can be worked with?
+fn is_sensible(layout: &Layout, segments: u32, root: &Root, body: &Body) -> bool {
     let inside = |place: Place| layout.segment_of(place).0 < segments;
-    let listed = |segment| body.segments.iter().any(|record| record.segment == segment);
-    let sensible = body.segments.iter().all(|record| {
-        record.segment.0 < segments
-            && record.live_blocks <= layout.segment_blocks
-            && !layout.is_anchor(record.segment)
-    }) && root.map_end.0.0 < segments
-        && root.cursors.iter().all(|cursor| cursor.segment.0.max(cursor.next_segment.0) < segments)
-        && body.volumes.iter().flat_map(|(_, leaves)| leaves).all(|leaf| inside(leaf.place))
-        && body.volumes.iter().flat_map(|(record, _)| &record.kept).all(|kept| listed(kept.segment))
-        && root.body.iter().flatten().flat_map(|run| run.places()).all(inside);
-    sensible.then_some(body)
+    let leaves_of = |size_blocks: u64| size_blocks.div_ceil(u64::from(LEAF_BLOCKS));
+    let cursors_fit = root.cursors.iter().all(|cursor| {
+        cursor.segment.0.max(cursor.next_segment.0) < segments && cursor.block <= layout.segment_blocks
+    });
+    let leaves_fit = body.volumes.iter().flat_map(|(_, leaves)| leaves).all(|leaf| {
+        inside(leaf.place) && u64::from(leaf.leaf) < leaves_of(VOLUME_BYTES_MAX / BLOCK_BYTES_U64)
+    });
+    let listed_segments: BTreeSet<SegmentIndex> = body.segments.iter().map(|record| record.segment).collect();
+    let mut kept = body.volumes.iter().flat_map(|(record, _)| &record.kept);
+    let kept_fit = kept.all(|kept| listed_segments.contains(&kept.segment));
+    // What lives in a segment is in it.
+    let mut live = vec![0_u64; segments as usize];
+    let listed = body.segments.iter().map(|record| (record.segment, u64::from(record.live_blocks)));
+    let of_body = root.body.iter().flatten().flat_map(|run| run.places());
+    let counts_fit =
+        listed.chain(of_body.map(|place| (layout.segment_of(place), 1))).all(|(segment, blocks)| {
+            let Some(live) = live.get_mut(segment.0 as usize) else { return false };
+            *live += blocks;
+            *live <= u64::from(layout.segment_blocks) && !layout.is_anchor(segment)
+        });
+    root.map_end.0.0 < segments && cursors_fit && leaves_fit && kept_fit && counts_fit
 }
 
 fn read_body_copy(reader: &mut impl PoolReader, root: &Root, copy: &[PlaceRun]) -> Option<Body> {
+    let blocks: u64 = copy.iter().map(|run| u64::from(run.blocks)).sum();
+    let inside = |run: &PlaceRun| {
+        run.place.offset_bytes() + u64::from(run.blocks) * BLOCK_BYTES_U64 <= reader.len_bytes()
+    };
+    // Before any memory is taken for it.
+    if blocks != root.body_bytes.div_ceil(BLOCK_BYTES_U64)
+        || root.body_bytes > reader.len_bytes()
+        || !copy.iter().all(inside)
+    {
+        return None;
+    }
     let mut bytes = Vec::new();
     for run in copy {
         let at = bytes.len();
         bytes.resize(at + run.blocks as usize * BLOCK_BYTES_USIZE, 0);
-        if run.place.offset_bytes() + u64::from(run.blocks) * BLOCK_BYTES_U64 > reader.len_bytes() {
-            return None;
-        }
         if !reader.read_at(run.place.offset_bytes(), &mut bytes[at..]) {
             return None;
         }

@@ -256,6 +256,35 @@ pub enum PeerMessage {
         /// Which fill.
         fill: u64,
     },
+    /// The head's own replica cannot give these blocks: it asks for them as another one holds them.
+    Read {
+        /// By whose authority.
+        epoch: u32,
+        /// Tells this question from others. The answers repeat it.
+        read: u64,
+        /// First block.
+        block: u32,
+        /// How many: at most a piece.
+        count: u32,
+    },
+    /// The blocks asked for, as payload; holes are zeroes.
+    Blocks {
+        /// What the member promised.
+        epoch: u32,
+        /// Which question.
+        read: u64,
+        /// First block.
+        block: u32,
+        /// How many: at most a piece.
+        count: u32,
+    },
+    /// The member cannot give these blocks either.
+    Unreadable {
+        /// What the member promised.
+        epoch: u32,
+        /// Which question.
+        read: u64,
+    },
     /// The head asks for leave to answer reads without asking again.
     Lease {
         /// Whose.
@@ -305,6 +334,9 @@ mod kind {
     pub(super) const COMPARE: u8 = 30;
     pub(super) const SURPLUS: u8 = 31;
     pub(super) const COMPARED: u8 = 32;
+    pub(super) const READ: u8 = 19;
+    pub(super) const BLOCKS: u8 = 20;
+    pub(super) const UNREADABLE: u8 = 21;
 }
 
 /// The header's fields that messages use, whatever they mean to each.
@@ -365,6 +397,7 @@ impl PeerFrame {
                 change.payload_blocks()
             }
             PeerMessage::Copy { copy, .. } => copy.payload_blocks(),
+            PeerMessage::Blocks { count, .. } => count,
             _ => 0,
         }
     }
@@ -379,6 +412,8 @@ impl PeerFrame {
     fn words(&self) -> Words {
         let plain = |kind, epoch| Words { kind, epoch, ..Words::default() };
         let of_fill = |kind, epoch, fill| Words { number: fill, ..plain(kind, epoch) };
+        let of_read =
+            |kind, epoch, read, (block, count)| Words { block, count, number: read, ..plain(kind, epoch) };
         let of_change = |words: Words, change: ChangeHeader| Words {
             change: change_code(change.kind),
             block: change.block,
@@ -435,6 +470,13 @@ impl PeerFrame {
             }
             PeerMessage::Filled { epoch, fill } => of_fill(kind::FILLED, epoch, fill),
             PeerMessage::Complete { epoch, fill } => of_fill(kind::COMPLETE, epoch, fill),
+            PeerMessage::Read { epoch, read, block, count } => {
+                of_read(kind::READ, epoch, read, (block, count))
+            }
+            PeerMessage::Blocks { epoch, read, block, count } => {
+                of_read(kind::BLOCKS, epoch, read, (block, count))
+            }
+            PeerMessage::Unreadable { epoch, read } => of_read(kind::UNREADABLE, epoch, read, (0, 0)),
         }
     }
 
@@ -533,8 +575,24 @@ impl Words {
             kind::COPIED => PeerMessage::Copied { epoch, fill: number, copies: self.count },
             kind::FILLED => PeerMessage::Filled { epoch, fill: number },
             kind::COMPLETE => PeerMessage::Complete { epoch, fill: number },
+            kind::READ => {
+                let (block, count) = self.piece()?;
+                PeerMessage::Read { epoch, read: number, block, count }
+            }
+            kind::BLOCKS => {
+                let (block, count) = self.piece()?;
+                PeerMessage::Blocks { epoch, read: number, block, count }
+            }
+            kind::UNREADABLE => PeerMessage::Unreadable { epoch, read: number },
             _ => return Err(WireError::Kind),
         })
+    }
+
+    /// Some blocks, at most a piece.
+    fn piece(self) -> Result<(u32, u32), WireError> {
+        let inside =
+            (1..=PIECE_BLOCKS_MAX).contains(&self.count) && self.block.checked_add(self.count - 1).is_some();
+        if inside { Ok((self.block, self.count)) } else { Err(WireError::Range) }
     }
 
     /// A copy of sense: some blocks of one leaf, and no trim, which leaves zeroes like any other.

@@ -43,10 +43,10 @@ impl Client {
     /// Connects to a volume.
     ///
     /// # Errors
-    /// When the server is not there, or another one leads the volume.
+    /// When the server is not there, another one leads the volume, or it does not know the volume (yet).
     ///
     /// # Panics
-    /// If it does not serve the volume, or breaks the protocol.
+    /// If it breaks the protocol.
     pub fn connect(socket: &Path, volume: &str) -> io::Result<Client> {
         let mut socket = UnixStream::connect(socket)?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
@@ -64,6 +64,7 @@ impl Client {
                 reply_type::INFO => {}
                 // Another node leads it, or may still do so.
                 reply_type::ERR_POLICY => return Err(io::ErrorKind::PermissionDenied.into()),
+                reply_type::ERR_UNKNOWN => return Err(io::ErrorKind::NotFound.into()),
                 refused => panic!("{volume} is refused: {refused:#x}"),
             }
         }

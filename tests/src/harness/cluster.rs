@@ -14,6 +14,7 @@ use datapath::wire::nbd_transmission::command;
 use super::Scratch;
 use super::client::Client;
 use super::ctl::{Ctl, PATIENCE};
+use super::metrics::Page;
 use super::server::berth;
 use super::tools::run;
 
@@ -28,9 +29,11 @@ pub struct ClusterNode {
     pub name: String,
     /// Where NBD clients come in.
     pub socket: PathBuf,
-    pool: PathBuf,
+    /// Its pool.
+    pub pool: PathBuf,
     log: PathBuf,
     child: Option<Child>,
+    metrics: Option<String>,
 }
 
 /// The whole. Dropped, all of it is killed.
@@ -59,6 +62,7 @@ impl Cluster {
                 log: scratch.file(&format!("{name}.log")),
                 name,
                 child: None,
+                metrics: None,
             }
         };
         let mut cluster = Cluster { ctl, nodes: (1..=nodes).map(node).collect(), pool_mib };
@@ -79,7 +83,8 @@ impl Cluster {
             .arg(format!("--pool={}", node.pool.display()))
             .arg(format!("--pool-size={}M", self.pool_mib))
             .arg(format!("--ctl={}", self.ctl.url()))
-            .arg(format!("--nbd=unix:{}", node.socket.display()));
+            .arg(format!("--nbd=unix:{}", node.socket.display()))
+            .arg("--metrics=127.0.0.1:0");
         let log = File::options().create(true).append(true).open(&node.log).expect("a log");
         let mut child = command
             .stdin(Stdio::null())
@@ -94,10 +99,26 @@ impl Cluster {
                 let _ = tell.send(line);
             }
         });
-        let line = told.recv_timeout(READY_TIMEOUT);
-        let is_ready = line.as_ref().is_ok_and(|line| line.starts_with("ready node"));
-        assert!(is_ready, "{}: {line:?}; see {}", node.name, node.log.display());
+        loop {
+            let line = told.recv_timeout(READY_TIMEOUT);
+            let Ok(line) = line else { panic!("{}: {line:?}; see {}", node.name, node.log.display()) };
+            if let Some(url) = line.strip_prefix("metrics ") {
+                node.metrics = Some(url.to_owned());
+            } else {
+                assert!(line.starts_with("ready node"), "{}: {line}; see {}", node.name, node.log.display());
+                break;
+            }
+        }
         node.child = Some(child);
+    }
+
+    /// What a running node counts under this name.
+    ///
+    /// # Panics
+    /// If it does not say.
+    #[must_use]
+    pub fn metric(&self, index: usize, name: &str) -> f64 {
+        Page::fetch(self.nodes[index].metrics.as_ref().expect("said at its start")).sum(name, "")
     }
 
     /// Kill -9.

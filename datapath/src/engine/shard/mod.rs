@@ -307,6 +307,9 @@ impl<M: Memory> Shard<M> {
     fn take_completions(&mut self, lane: usize) {
         while let Some(completion) = self.lanes[lane].lane.poll_completion() {
             self.progress = true;
+            if self.ask_another_replica(&completion) {
+                continue;
+            }
             if Shard::<M>::is_replication_cookie(completion.cookie) {
                 self.finish_work(&completion);
             } else if !self.hold_read(&completion) {
@@ -561,6 +564,7 @@ impl<M: Memory> Engine for Shard<M> {
             connections_refused: self.connections_refused,
             connections_abandoned: self.connections_abandoned,
             handshakes_timed_out: self.handshakes_timed_out,
+            repairs: self.replication.repairs,
             connections_put_out: self.hunger.put_out,
             receive_buffers_kept: self.buffers_kept,
             parked_bytes: self.parked_bytes,

@@ -29,7 +29,7 @@ use crate::record::{NodeId, Record, Stamp};
 use crate::units::Moment;
 use crate::wire::peer_message::ChangeHeader;
 use fill::Fills;
-use peers::{Peer, Peers};
+use peers::{Peer, Peers, Phase};
 use std::collections::VecDeque;
 
 /// A member that owes an answer for so long is removed, if enough others remain.
@@ -275,6 +275,28 @@ impl Head {
     /// Changes that are not committed, oldest first.
     pub fn pending(&self) -> impl Iterator<Item = &ChangeHeader> {
         self.lead().into_iter().flat_map(|lead| lead.window.iter().map(|windowed| &windowed.change))
+    }
+
+    /// The other replicas in sync, if the volume is served here.
+    #[must_use]
+    pub fn others_in_sync(&self) -> Vec<NodeId> {
+        if !self.is_serving() {
+            return Vec::new();
+        }
+        self.record.in_sync.iter().copied().filter(|node| *node != self.node).collect()
+    }
+
+    /// Does this member follow the head, so that it has all that is committed and can be asked for it?
+    #[must_use]
+    pub fn is_following(&self, member: NodeId) -> bool {
+        let peer = self.lead().and_then(|lead| lead.peers.get(member));
+        peer.is_some_and(|peer| peer.phase == Phase::Following)
+    }
+
+    /// The epoch that this node leads, or is about to; 0 if none.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.lead().map_or(0, |lead| lead.epoch)
     }
 
     /// The next thing to do.

@@ -11,8 +11,6 @@ use crate::units::Moment;
 use crate::wire::peer_message::ChangeHeader;
 use std::collections::VecDeque;
 
-/// Ends of epochs that a record keeps for replicas that have been away.
-
 impl Head {
     /// Wants this node to be the head. `random` tells this attempt from every other.
     pub fn take(&mut self, now: Moment, random: u64) {

@@ -52,7 +52,7 @@ use sync::Syncer;
 pub use change::Release;
 pub use changed::{Changed, Extent};
 pub use fetch::{FetchOutcome, Fetched};
-pub use read::HoleMap;
+pub use read::{BlockBits, BlocksRead, HoleMap};
 
 /// When is a change answered?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +119,8 @@ pub struct Completion {
     pub result: Result<(), RequestError>,
     /// For a read: which of its blocks are holes.
     pub holes: HoleMap,
+    /// For a read: of what, and what is damaged of it.
+    pub read: Option<BlocksRead>,
 }
 
 /// A run of memory that holds blocks to be written, with one more page in front for their descriptor.
@@ -581,7 +583,7 @@ impl Lane {
     }
 
     fn complete(&mut self, cookie: u32, result: Result<(), RequestError>) {
-        self.completions.push_back(Completion { cookie, result, holes: HoleMap::default() });
+        self.completions.push_back(Completion { cookie, result, holes: HoleMap::default(), read: None });
     }
 
     fn upkeep_zeroing(&mut self) {

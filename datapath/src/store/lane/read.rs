@@ -11,28 +11,74 @@ use crate::store::layout::Place;
 use crate::store::map::{FrameIndex, LEAF_BLOCKS, Mapping, Presence};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 
-/// One bit per block of a piece: set for holes.
+/// One bit per block of a piece.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HoleMap {
+pub struct BlockBits {
     words: [u64; PIECE_BLOCKS_MAX as usize / 64],
 }
+
+impl BlockBits {
+    /// Is the bit of block `index` of the piece set?
+    #[must_use]
+    pub fn is_set(&self, index: u32) -> bool {
+        self.words[index as usize / 64] >> (index % 64) & 1 == 1
+    }
+
+    /// Sets it.
+    pub fn set(&mut self, index: u32) {
+        self.words[index as usize / 64] |= 1 << (index % 64);
+    }
+
+    fn any(&self) -> bool {
+        self.words.iter().any(|word| *word != 0)
+    }
+
+    /// The runs of blocks whose bits are set: first and count.
+    #[must_use]
+    pub fn runs(&self) -> Vec<(u32, u32)> {
+        let mut runs: Vec<(u32, u32)> = Vec::new();
+        for index in (0..PIECE_BLOCKS_MAX).filter(|index| self.is_set(*index)) {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == index => *count += 1,
+                _ => runs.push((index, 1)),
+            }
+        }
+        runs
+    }
+}
+
+/// Which blocks of a piece are holes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HoleMap(BlockBits);
 
 impl HoleMap {
     /// Is block `index` of the piece a hole?
     #[must_use]
     pub fn is_hole(&self, index: u32) -> bool {
-        self.words[index as usize / 64] >> (index % 64) & 1 == 1
+        self.0.is_set(index)
     }
 
     fn mark(&mut self, index: u32) {
-        self.words[index as usize / 64] |= 1 << (index % 64);
+        self.0.set(index);
     }
 
     /// Is there any hole?
     #[must_use]
     pub fn has_holes(&self) -> bool {
-        self.words.iter().any(|word| *word != 0)
+        self.0.any()
     }
+}
+
+/// What was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlocksRead {
+    /// Which blocks.
+    pub range: BlockRange,
+    /// Into what. If the read failed nothing of it counts.
+    pub memory: MemoryRange,
+    /// The blocks of the range that cannot be read or have wrong checksums. None of them if it is a leaf of the map that
+    /// is damaged: then nobody knows what is good.
+    pub damaged: BlockBits,
 }
 
 /// A read under way.
@@ -174,32 +220,38 @@ impl Lane {
 
     fn end_read_request<M: Memory>(&mut self, context: &mut Context<'_, M>, index: u32) {
         let mut read = self.reads.remove(index);
-        let mut holes = HoleMap::default();
-        let mut result = if read.failed { Err(RequestError::Io) } else { Ok(()) };
-        if result.is_ok() {
-            let blocks = context.memory.bytes(read.memory).chunks_exact(BLOCK_BYTES_USIZE);
-            for (offset, (block, mapping)) in (0..).zip(blocks.zip(&read.mappings)) {
-                if mapping.place == Place::NONE {
-                    holes.mark(offset);
-                } else if mapping.place == Place::LOST {
-                    result = Err(RequestError::Io);
-                } else if crc32c(block) != mapping.crc {
-                    self.counters.checksum_errors += 1;
-                    result = Err(RequestError::Io);
-                }
+        let (mut holes, mut bad) = (HoleMap::default(), BlockBits::default());
+        let blocks = context.memory.bytes(read.memory).chunks_exact(BLOCK_BYTES_USIZE);
+        for (offset, (block, mapping)) in (0..).zip(blocks.zip(&read.mappings)) {
+            if mapping.place == Place::NONE {
+                holes.mark(offset);
+            } else if mapping.place == Place::LOST {
+                bad.set(offset);
+            } else if crc32c(block) != mapping.crc {
+                // Of a read that failed it is not known what came of it.
+                self.counters.checksum_errors += u64::from(!read.failed);
+                bad.set(offset);
             }
         }
+        let failed = read.failed || bad.any();
+        self.end_read(&read, holes, bad, failed);
         read.mappings.clear();
         self.spare_mappings.push(read.mappings);
-        self.completions.push_back(Completion { cookie: read.cookie, result, holes });
+    }
+
+    fn end_read(&mut self, read: &Read, holes: HoleMap, damaged: BlockBits, failed: bool) {
+        let result = if failed { Err(RequestError::Io) } else { Ok(()) };
+        let blocks = BlocksRead { range: read.range, memory: read.memory, damaged };
+        let completion = Completion { cookie: read.cookie, result, holes, read: Some(blocks) };
+        self.completions.push_back(completion);
     }
 
     /// A leaf of the read cannot be read: what it maps is unknown, which is not the same as a hole.
     pub(super) fn refuse_read(&mut self, index: u32) {
         let mut read = self.reads.remove(index);
         read.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
+        self.end_read(&read, HoleMap::default(), BlockBits::default(), true);
         read.mappings.clear();
         self.spare_mappings.push(read.mappings);
-        self.complete(read.cookie, Err(RequestError::Io));
     }
 }

@@ -38,6 +38,8 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::Copied { epoch: 4, fill: 6, copies: 77 },
         PeerMessage::Filled { epoch: 4, fill: 6 },
         PeerMessage::Complete { epoch: 4, fill: 6 },
+        PeerMessage::Read { epoch: 4, read: 6, block: 1022, count: 256 },
+        PeerMessage::Unreadable { epoch: 4, read: 6 },
     ];
     let hello = Hello { node: NodeId(3), boot: 0x1122, features: 1 };
     let mut all: Vec<_> = plain.map(|message| (frame(message), Vec::new())).into();
@@ -45,6 +47,7 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
     all.push((frame(PeerMessage::Change { epoch: 4, change: CHANGE, committed: 8 }), vec![0xaabb, 0xccdd]));
     all.push((frame(PeerMessage::Copy { epoch: 4, fill: 6, copy: COPY }), vec![1, 2]));
     all.push((frame(PeerMessage::Fetched { epoch: 4, change: CHANGE }), vec![1, 2]));
+    all.push((frame(PeerMessage::Blocks { epoch: 4, read: 6, block: 1022, count: 2 }), vec![1, 2]));
     all
 }
 
@@ -82,19 +85,38 @@ fn a_change_keeps_its_bytes() {
     assert_eq!(bytes[8..12], 0xd270_ae2e_u32.to_be_bytes());
 }
 
+/// A message of epoch 4 about volume 9 has this kind and kind of change, these lengths, and these words from the first
+/// block on.
+fn golden(message: PeerMessage, checksums: &[u32], kind: u8, change: u8, lengths: [u32; 2], rest: [u32; 9]) {
+    let bytes = encoded(frame(message), checksums);
+    let mut expected = b"BRTP\x01".to_vec();
+    expected.extend([kind, change, 0]);
+    expected.extend(&bytes[8..12]);
+    [&lengths[..], &[9, 4], &rest, checksums]
+        .concat()
+        .iter()
+        .for_each(|word| expected.extend(word.to_be_bytes()));
+    assert_eq!(bytes, expected, "{message:?}");
+}
+
+#[test]
+fn messages_of_a_read_keep_their_bytes() {
+    let read = 0x5_0000_0006;
+    let words = |block, count| [block, count, 0, 0, 0, 0, 0, 5, 6];
+    golden(PeerMessage::Read { epoch: 4, read, block: 1022, count: 9 }, &[], 19, 0, [0, 0], words(1022, 9));
+    golden(
+        PeerMessage::Blocks { epoch: 4, read, block: 1022, count: 2 },
+        &[0xaabb, 0xccdd],
+        20,
+        0,
+        [8, 8192],
+        words(1022, 2),
+    );
+    golden(PeerMessage::Unreadable { epoch: 4, read }, &[], 21, 0, [0, 0], words(0, 0));
+}
+
 #[test]
 fn messages_of_a_fill_keep_their_bytes() {
-    let golden = |message, checksums: &[u32], kind: u8, change: u8, lengths: [u32; 2], rest: [u32; 9]| {
-        let bytes = encoded(frame(message), checksums);
-        let mut expected = b"BRTP\x01".to_vec();
-        expected.extend([kind, change, 0]);
-        expected.extend(&bytes[8..12]);
-        [&lengths[..], &[9, 4], &rest, checksums]
-            .concat()
-            .iter()
-            .for_each(|word| expected.extend(word.to_be_bytes()));
-        assert_eq!(bytes, expected, "{message:?}");
-    };
     let fill = 0x5_0000_0006;
     golden(
         PeerMessage::Fill { epoch: 4, after: STAMP, fill },
@@ -179,6 +201,17 @@ fn fields_that_cannot_be_are_refused() {
         assert_eq!(PeerFrame::decode(&forged(zeroes, &[], edits)), Err(WireError::Range), "{edits:?}");
     }
     assert_eq!(PeerFrame::decode(&forged(fill, &[], &[(36, 5)])), Err(WireError::Range), "a later epoch");
+    let read = frame(PeerMessage::Read { epoch: 4, read: 6, block: 100, count: 2 });
+    let blocks = frame(PeerMessage::Blocks { epoch: 4, read: 6, block: 100, count: 2 });
+    // No blocks, more than a piece, and beyond the last block.
+    for edits in [&[(32, 0)][..], &[(32, PIECE_BLOCKS_MAX + 1)], &[(28, u32::MAX)]] {
+        assert_eq!(PeerFrame::decode(&forged(read, &[], edits)), Err(WireError::Range), "{edits:?}");
+    }
+    // A question with a payload, and fewer or more blocks than came.
+    assert_eq!(PeerFrame::decode(&forged(read, &[], &[(16, BLOCK_BYTES)])), Err(WireError::Range));
+    for edits in [&[(32, 1)][..], &[(32, 3)], &[(16, BLOCK_BYTES)]] {
+        assert_eq!(PeerFrame::decode(&forged(blocks, &[1, 2], edits)), Err(WireError::Range), "{edits:?}");
+    }
     let mut header = *encoded(change, &[1, 2]).first_chunk::<PEER_HEADER_BYTES>().unwrap();
     for (at, value, error) in
         [(0, 0, WireError::Magic), (4, 2 << 24, WireError::Kind), (12, u32::MAX, WireError::Range)]

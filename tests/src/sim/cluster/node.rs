@@ -146,6 +146,9 @@ impl Node {
         let config = NodeConfig { node: self.plan.id, boot, steals: boot.is_multiple_of(2) };
         let mut shard = Shard::new(memory, pages, vec![pool], false, Some(config));
         shard.plant(self.plan.bugs);
+        if boot.is_multiple_of(3) {
+            shard.feign_damage_in(4);
+        }
         shard
     }
 

@@ -35,6 +35,7 @@ impl<M: Memory> Shard<M> {
             }
             return self.finish_later(piece, Err(RequestError::ShuttingDown));
         };
+        self.replication.replicas[index].peer_reads.note_change(block, count);
         let checksums = memory.map_or_else(Vec::new, |memory| self.checksums_of(memory));
         if let Some(memory) = memory {
             self.use_memory(memory);
@@ -53,7 +54,12 @@ impl<M: Memory> Shard<M> {
     /// Ends a piece, but not within the call that began it.
     pub(super) fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
         self.progress = true;
-        self.ended_pieces.push_back(Completion { cookie: piece, result, holes: HoleMap::default() });
+        self.ended_pieces.push_back(Completion {
+            cookie: piece,
+            result,
+            holes: HoleMap::default(),
+            read: None,
+        });
     }
 
     /// Carries out what the head wants, until it wants nothing.
@@ -108,7 +114,7 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    fn ask_member(&mut self, index: usize, member: NodeId, message: PeerMessage) {
+    pub(super) fn ask_member(&mut self, index: usize, member: NodeId, message: PeerMessage) {
         if member == self.replication.node() {
             return self.ask_own_member(index, message, None);
         }
@@ -191,9 +197,16 @@ impl<M: Memory> Shard<M> {
             PeerMessage::Fetched { epoch, change } => {
                 return self.fetched(index, member, epoch, change, checksums, memory);
             }
+            PeerMessage::Blocks { read, block, count, .. } => {
+                return self.blocks_came(index, member, read, (block, count), memory);
+            }
+            PeerMessage::Unreadable { read, .. } => {
+                self.replication.replicas[index].peer_reads.refused(now, member, read);
+                self.advance_peer_reads(index);
+            }
             request => unreachable!("{request:?} is no answer"),
         }
-        assert!(memory.is_none(), "only what was fetched has a payload");
+        assert!(memory.is_none(), "only what was fetched or read has a payload");
     }
 
     fn fetched(
@@ -252,6 +265,7 @@ impl<M: Memory> Shard<M> {
         self.fail_held(index);
         let replica = &mut self.replication.replicas[index];
         (replica.waiting_copy, replica.source) = (None, None);
+        self.fail_peer_reads(index);
         // The replica stays, and follows whoever leads.
         if self.replication.replicas[index].leader == Leader::ThisNode {
             self.replication.replicas[index].leader = Leader::Nobody;

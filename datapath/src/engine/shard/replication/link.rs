@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | send | promise, change, fetch, lease | promised, refused, ack, gap, fetched, gone, leased |
 //! | to fill | fill, copy, filled | filling, copied, complete |
+//! | for what the head's replica cannot give | read | blocks, unreadable |
 //!
 //! Whatever a correct node does not send ends the link. What was on its way is lost with it; heads ask again on the next.
 

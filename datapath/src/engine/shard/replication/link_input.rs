@@ -208,6 +208,8 @@ impl<M: Memory> Shard<M> {
                 | PeerMessage::Filling { .. }
                 | PeerMessage::Copied { .. }
                 | PeerMessage::Complete { .. }
+                | PeerMessage::Blocks { .. }
+                | PeerMessage::Unreadable { .. }
         );
         match frame.message {
             PeerMessage::Hello(hello) => self.link_greeted(id, hello),

@@ -1,6 +1,7 @@
 //! What heads ask of this node's members, carried out.
 
 use super::super::Shard;
+use super::peer_read::PeerPiece;
 use super::{Leader, Replica, Work};
 use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
@@ -104,6 +105,9 @@ impl<M: Memory> Shard<M> {
                 self.compare_here(index, asker, epoch, fill, base);
             }
             (Step::BeginFill { fill, after, base }, _) => self.begin_fill_here(index, fill, (base, after)),
+            (Step::Read, PeerMessage::Read { epoch, read, block, count }) => {
+                self.read_for_head(index, asker, PeerPiece { epoch, read, block, count });
+            }
             (Step::Copy { fill, runs }, PeerMessage::Copy { copy, .. }) => {
                 return self.append_copy(index, asker, (fill, copy), &runs, memory);
             }
@@ -275,7 +279,7 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    fn send_fetched(
+    pub(super) fn send_fetched(
         &mut self,
         (id, generation): (ConnectionId, u64),
         index: usize,
@@ -305,6 +309,7 @@ fn epoch_of_order(message: PeerMessage) -> Option<u32> {
     match message {
         PeerMessage::Change { epoch, .. }
         | PeerMessage::Fetch { epoch, .. }
+        | PeerMessage::Read { epoch, .. }
         | PeerMessage::Lease { epoch, .. } => Some(epoch),
         _ => None,
     }

@@ -16,17 +16,20 @@ mod head;
 mod link;
 mod link_input;
 mod member;
+mod peer_read;
 mod reads;
 
 use super::{Served, Shard};
 use crate::engine::ports::ConnectionId;
 use crate::engine::region_locks::RegionLocks;
+use crate::engine::report::RepairReport;
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
 use crate::replica::bugs::Bugs;
 use crate::replica::head::Head;
 use crate::replica::member::Member;
+use crate::replica::peer_reads::PeerReads;
 use crate::request::ExportIndex;
 use crate::store::checkpoint_body::VolumeRecord;
 use crate::store::lane::Completion;
@@ -37,6 +40,7 @@ use content::{Contents, Users};
 use dial::Dials;
 use fill::{CopyPiece, CopyWish};
 use link::Link;
+use peer_read::PeerPiece;
 use reads::HeldRead;
 use std::collections::VecDeque;
 
@@ -100,6 +104,10 @@ struct Replica {
     waiting_copy: Option<CopyWish>,
     /// What the replica that is filled from here lacks.
     source: Option<Box<Source>>,
+    /// What the own replica cannot give is asked of another.
+    peer_reads: PeerReads,
+    /// By their numbers there: how these reads ended here.
+    damaged_reads: Vec<(u64, Completion)>,
 }
 
 /// What a lane does for a replica.
@@ -114,6 +122,8 @@ enum Work {
     Fetch { replica: usize, epoch: u32, sequence: u64, memory: MemoryRange, leader: Leader },
     FindChanged { replica: usize, fill: u64, memory: MemoryRange },
     Compare { replica: usize, comparing: Comparing, memory: MemoryRange },
+    ReadForHead { replica: usize, read: PeerPiece, memory: MemoryRange, leader: Leader },
+    Repair { blocks: u32, lent: MemoryRange, pages: u32 },
 }
 
 /// See the module's text.
@@ -140,6 +150,9 @@ pub(super) struct Replication {
     peer_pages_max: u32,
     /// Fills that ended because the own replica could not be read.
     copies_failed: u64,
+    pub(super) repairs: RepairReport,
+    /// For simulations; 0 for never.
+    feigns_damage_in: u32,
 }
 
 impl Replication {
@@ -159,6 +172,8 @@ impl Replication {
             users: Users::new(if node.is_some() { memory_bytes } else { 0 }),
             peer_pages: 0,
             copies_failed: 0,
+            repairs: RepairReport::default(),
+            feigns_damage_in: 0,
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
     }
@@ -200,7 +215,8 @@ impl Replication {
     pub(super) fn poll_timeout(&self) -> Option<Moment> {
         let heads = self.replicas.iter().filter_map(|replica| replica.head.poll_timeout());
         let greeting = self.greetings_due.front().map(|(moment, ..)| *moment);
-        heads.chain(self.dials.poll_timeout()).chain(greeting).min()
+        let reads = self.replicas.iter().filter_map(|replica| replica.peer_reads.poll_timeout());
+        heads.chain(reads).chain(self.dials.poll_timeout()).chain(greeting).min()
     }
 }
 
@@ -333,6 +349,8 @@ impl<M: Memory> Shard<M> {
             held: Vec::new(),
             waiting_copy: None,
             source: None,
+            peer_reads: PeerReads::default(),
+            damaged_reads: Vec::new(),
         });
         index
     }
@@ -354,6 +372,7 @@ impl<M: Memory> Shard<M> {
                 head.handle_timeout(now);
             }
             self.settle_head(index);
+            self.advance_peer_reads(index);
             self.answer_held(index);
         }
         self.dial_members();
@@ -391,6 +410,15 @@ impl<M: Memory> Shard<M> {
             }
             Work::Fetch { .. } | Work::FindChanged { .. } | Work::Compare { .. } => {
                 unreachable!("these are polled")
+            }
+            Work::ReadForHead { replica, read, memory, leader } => {
+                self.finish_read_for_head(replica, read, memory, leader, completion.result.is_ok());
+            }
+            Work::Repair { blocks, lent, pages } => {
+                self.replication.peer_pages -= pages;
+                self.unuse(lent);
+                self.replication.repairs.blocks_repaired +=
+                    if completion.result.is_ok() { u64::from(blocks) } else { 0 };
             }
         }
     }
@@ -439,10 +467,10 @@ impl<M: Memory> Shard<M> {
     pub(super) fn describe_replication(&self, out: &mut String) {
         use std::fmt::Write;
         for replica in &self.replication.replicas {
-            let Replica { volume, head, member, leader, held, contents, .. } = replica;
+            let Replica { volume, head, member, leader, held, contents, peer_reads, .. } = replica;
             let _ = writeln!(
                 out,
-                "{volume:?}: {}\n  member {member:?} of {leader:?}, held {}, contents {}",
+                "{volume:?}: {}\n  member {member:?} of {leader:?}, held {}, contents {}, {peer_reads:?}",
                 head.describe(),
                 held.len(),
                 contents.len()

@@ -236,7 +236,7 @@ fn a_fill_begins_and_ends_behind_what_came_before() {
         filled.give(Op::Change(ChangeKind::Data, 11, 1));
         filled.give(Op::Copy { data: false, block: 12, count: 500 });
         filled.give(Op::Copy { data: false, block: 5 * LEAF_BLOCKS, count: 512 });
-        assert!(!filled.world.lane.filling_from(0).is_some(), "not in effect yet");
+        assert!(filled.world.lane.filling_from(0).is_none(), "not in effect yet");
         filled.world.run();
         assert!(filled.world.lane.filling_from(0).is_some());
         filled.give(Op::End);

@@ -5,6 +5,7 @@ mod fetch;
 mod fill;
 mod order;
 mod promise;
+mod repair;
 
 use super::{AckPolicy, BlockRange, Context, FetchOutcome, Lane, LaneConfig, Payload, PoolShare};
 use crate::limits::PIECE_BYTES_MAX;
