@@ -12,6 +12,8 @@ pub enum PlantedBug {
     LeaseFromReceipt,
     /// A member that starts assumes that it granted no lease.
     LeaseForgotten,
+    /// A node that has forgotten a volume in which it is in sync takes part as if it had never been changed.
+    LossUnnoticed,
     /// A promise is not brought to stable media.
     PromiseInMemory,
     /// A read shows what is not committed.
@@ -20,10 +22,11 @@ pub enum PlantedBug {
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 5] = [
+    pub const ALL: [(PlantedBug, &'static str); 6] = [
         (PlantedBug::AckBeforeRemoval, "ack-before-removal"),
         (PlantedBug::LeaseFromReceipt, "lease-from-receipt"),
         (PlantedBug::LeaseForgotten, "lease-forgotten"),
+        (PlantedBug::LossUnnoticed, "loss-unnoticed"),
         (PlantedBug::PromiseInMemory, "promise-in-memory"),
         (PlantedBug::ReadBeforeCommit, "read-before-commit"),
     ];
