@@ -14,6 +14,7 @@
 
 mod checks;
 mod clients;
+mod disks;
 mod faults;
 mod links;
 mod node;
@@ -60,16 +61,20 @@ pub struct ClusterOptions {
     pub fights: bool,
     /// Nothing ever fails.
     pub peace: bool,
+    /// In every seed a node has a disk that does more than lose power.
+    pub disks: bool,
     /// All that goes wrong is that heads are cut off, from few blocks that everybody uses.
     pub splits: bool,
 }
 
 const PLAIN: ClusterOptions =
-    ClusterOptions { fights: false, peace: false, splits: false, bugs: Bugs::none() };
+    ClusterOptions { fights: false, peace: false, disks: false, splits: false, bugs: Bugs::none() };
 
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 3] = [
+const SCENARIOS: [(&str, ClusterOptions); 4] = [
     ("peace", ClusterOptions { peace: true, ..PLAIN }),
+    // Writes, syncs and reads that fail, flipped bits, and disks that are empty all at once.
+    ("disks", ClusterOptions { disks: true, ..PLAIN }),
     // A head that is cut off goes on to read for as long as it may, and not longer.
     ("splits", ClusterOptions { splits: true, ..PLAIN }),
     // Heads on all nodes take the volume from each other as fast as they can.
@@ -117,6 +122,14 @@ pub struct ClusterReport {
     pub network_faults: u64,
     /// Pauses of nodes.
     pub pauses: u64,
+    /// Errors that disks reported.
+    pub disk_errors: u64,
+    /// Bits flipped.
+    pub flipped_bits: u64,
+    /// Starts that were refused because of that.
+    pub refusals: u64,
+    /// Disks that were replaced by empty ones.
+    pub new_disks: u64,
     /// Comparisons of replicas, block for block.
     pub comparisons: u64,
     /// Turns of the engines.
@@ -147,6 +160,10 @@ impl ClusterReport {
         self.blackouts += other.blackouts;
         self.network_faults += other.network_faults;
         self.pauses += other.pauses;
+        self.disk_errors += other.disk_errors;
+        self.flipped_bits += other.flipped_bits;
+        self.refusals += other.refusals;
+        self.new_disks += other.new_disks;
         self.comparisons += other.comparisons;
         self.turns += other.turns;
         self.virtual_ns += other.virtual_ns;
@@ -415,7 +432,10 @@ impl World {
     }
 
     fn start(&mut self, node: usize) {
-        self.nodes[node].start(self.now_ns, self.volumes.len());
+        self.sicken(node);
+        if let Err(error) = self.nodes[node].start(self.now_ns, self.volumes.len()) {
+            return self.start_refused(node, &error);
+        }
         trace::note(self.moment(), "node starts: node, boot", [node as u64, self.nodes[node].boots, 0]);
         for volume in 0..self.volumes.len() {
             let record = self.records.get(volume).clone();
@@ -451,6 +471,7 @@ impl World {
         );
         self.happenings = 0;
         self.watch_clients();
+        self.watch_disks();
         self.end_if_all_is_well();
         if self.stage != Stage::Working {
             assert!(
@@ -481,6 +502,7 @@ impl World {
     fn finish(mut self) -> ClusterReport {
         for node in &self.nodes {
             self.report.turns += node.report_turns();
+            self.report.disk_errors += node.disk().counts.errors;
         }
         self.report.failovers = self.records.started;
         self.report.epochs = self.records.all().iter().map(|record| u64::from(record.epoch)).sum();
