@@ -191,7 +191,7 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         "{} requests, {} errors, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
          {} failovers, {} epochs, {} removals, {} admissions, {} record changes, {} commits, {} messages\n\
          {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas\n\
-         {} disk errors, {} flipped bits, {} refused starts, {} empty disks",
+         {} disk errors, {} flipped bits, {} refused starts, {} empty disks; {} writes without space",
         report.clients.answers,
         report.clients.errors,
         report.clients.written_bytes >> 20,
@@ -215,5 +215,6 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.flipped_bits,
         report.refusals,
         report.new_disks,
+        report.no_space,
     )
 }

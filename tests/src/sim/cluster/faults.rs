@@ -131,8 +131,11 @@ impl Swarm {
             faults: if options.peace || options.splits { 3 } else { random.range(2..=9) },
             kinds: likely,
             clients: random.range(if options.splits { 3 } else { 1 }..=4),
-            pattern: Pattern::draw(random, bytes_max),
-            answers_max: *random.pick(&[20, 100, 300]),
+            pattern: match Pattern::draw(random, bytes_max) {
+                pattern if options.full => pattern.filling(512 << 10),
+                pattern => pattern,
+            },
+            answers_max: if options.full { 300 } else { *random.pick(&[20, 100, 300]) },
             calm_ns_max: *random.pick(&[2 * SECOND_NS, 10 * SECOND_NS]),
             down_ns_max: *random.pick(&[100 * MILLISECOND_NS, 2 * SECOND_NS, 8 * SECOND_NS]),
             fault_ns_max: *random.pick(&[SECOND_NS, 8 * SECOND_NS]),

@@ -290,6 +290,11 @@ impl Node {
         }
     }
 
+    pub(super) fn report_no_space(&self) -> u64 {
+        let lanes = self.life.iter().flat_map(|life| life.driver.engine.lanes());
+        lanes.map(|lane| lane.counters().refused_no_space).sum()
+    }
+
     pub(super) fn report_turns(&self) -> u64 {
         self.life.as_ref().map_or(0, |life| life.driver.counts.turns)
     }
