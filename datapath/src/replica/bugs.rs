@@ -6,6 +6,17 @@
 /// A mistake that can be planted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlantedBug {
+    /// While the admission of a replica is open, changes are acknowledged without it.
+    AckBeforeAdmission,
+    /// A replica that is filled says that it is complete before that is on stable media, and takes its order for whole
+    /// after a start.
+    ClaimWhileFilling,
+    /// Of a replica that is filled, copies overwrite what live changes have written since.
+    CopyWins,
+    /// A replica that is filled keeps its blocks where the head has holes: what was trimmed comes back.
+    HolesNotFilled,
+    /// A replica that is filled keeps blocks that it held before, in place of copies.
+    SurplusKept,
     /// Once the removal of a member is proposed, changes are acknowledged without it.
     AckBeforeRemoval,
     /// A head counts its leases from when it received them, not from when it asked.
@@ -22,7 +33,12 @@ pub enum PlantedBug {
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 6] = [
+    pub const ALL: [(PlantedBug, &'static str); 11] = [
+        (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
+        (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
+        (PlantedBug::CopyWins, "copy-wins"),
+        (PlantedBug::HolesNotFilled, "holes-not-filled"),
+        (PlantedBug::SurplusKept, "surplus-kept"),
         (PlantedBug::AckBeforeRemoval, "ack-before-removal"),
         (PlantedBug::LeaseFromReceipt, "lease-from-receipt"),
         (PlantedBug::LeaseForgotten, "lease-forgotten"),

@@ -465,6 +465,11 @@ impl Lane {
         fits
     }
 
+    /// Has every block of the range a place on the device? Only known where the map of the range is in memory.
+    pub fn holds_all(&mut self, range: BlockRange) -> bool {
+        self.frames_here(range).is_some_and(|frames| self.count_new_blocks(range, frames) == 0)
+    }
+
     /// Would so many more live blocks leave the cleaner enough to work with? Overwriting adds none.
     fn has_room_for(&self, new_blocks: u32) -> bool {
         if new_blocks == 0 {
