@@ -8,8 +8,7 @@
 pub enum PlantedBug {
     /// While the admission of a replica is open, changes are acknowledged without it.
     AckBeforeAdmission,
-    /// A replica that is filled says that it is complete before that is on stable media, and takes its order for whole
-    /// after a start.
+    /// A replica that is sent all changes counts as complete although most of what is older was not copied to it yet.
     ClaimWhileFilling,
     /// Of a replica that is filled, copies overwrite what live changes have written since.
     CopyWins,

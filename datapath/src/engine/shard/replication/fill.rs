@@ -112,9 +112,6 @@ impl<M: Memory> Shard<M> {
 
     /// That was all.
     pub(super) fn end_fill_here(&mut self, index: usize, fill: u64) {
-        if self.replication.bugs.has(PlantedBug::ClaimWhileFilling) {
-            return self.finish_fill_mark(index, fill, false, true);
-        }
         let cookie = self.begin_work(Work::EndFill { replica: index, fill });
         let served = &self.served[self.replication.replicas[index].served];
         let volume = served.volume;

@@ -24,7 +24,7 @@ impl<M: Memory> Shard<M> {
         if !lane.is_open() || lane.has_failed() || !lane.is_lasting(volume) {
             return;
         }
-        let is_filling = lane.is_filling(volume) && !self.replication.bugs.has(PlantedBug::ClaimWhileFilling);
+        let is_filling = lane.is_filling(volume);
         let node = self.replication.node();
         let replica = &mut self.replication.replicas[index];
         // It is silent until others have left it out; then it is filled.
