@@ -6,12 +6,26 @@
 /// A mistake that can be planted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlantedBug {
+    /// While the admission of a replica is open, changes are acknowledged without it.
+    AckBeforeAdmission,
+    /// A replica that is sent all changes counts as complete although most of what is older was not copied to it yet.
+    ClaimWhileFilling,
+    /// Of a replica that is filled, copies overwrite what live changes have written since.
+    CopyWins,
+    /// A replica that is filled keeps its blocks where the head has holes: what was trimmed comes back.
+    HolesNotFilled,
+    /// A replica that comes back does not tell what it has beyond what is in common.
+    SurplusKept,
+    /// All that a replica has counts as in common, whatever epochs have ended since.
+    WrongCommonPoint,
     /// Once the removal of a member is proposed, changes are acknowledged without it.
     AckBeforeRemoval,
     /// A head counts its leases from when it received them, not from when it asked.
     LeaseFromReceipt,
     /// A member that starts assumes that it granted no lease.
     LeaseForgotten,
+    /// A node that has forgotten a volume in which it is in sync takes part as if it had never been changed.
+    LossUnnoticed,
     /// A promise is not brought to stable media.
     PromiseInMemory,
     /// A read shows what is not committed.
@@ -22,10 +36,17 @@ pub enum PlantedBug {
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 6] = [
+    pub const ALL: [(PlantedBug, &'static str); 13] = [
+        (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
+        (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
+        (PlantedBug::CopyWins, "copy-wins"),
+        (PlantedBug::HolesNotFilled, "holes-not-filled"),
+        (PlantedBug::SurplusKept, "surplus-kept"),
+        (PlantedBug::WrongCommonPoint, "wrong-common-point"),
         (PlantedBug::AckBeforeRemoval, "ack-before-removal"),
         (PlantedBug::LeaseFromReceipt, "lease-from-receipt"),
         (PlantedBug::LeaseForgotten, "lease-forgotten"),
+        (PlantedBug::LossUnnoticed, "loss-unnoticed"),
         (PlantedBug::PromiseInMemory, "promise-in-memory"),
         (PlantedBug::ReadBeforeCommit, "read-before-commit"),
         (PlantedBug::RepairOverNewer, "repair-over-newer"),

@@ -168,6 +168,12 @@ impl Member {
         self.promising.unwrap_or(self.promised)
     }
 
+    /// Was it found half filled, or without anything that an earlier epoch has left here?
+    #[must_use]
+    pub fn holds_no_order(&self) -> bool {
+        matches!(self.fill, Fill::BrokenOff { .. })
+    }
+
     /// Is there perhaps a head that reads by this member's leave? For so long another one need not try.
     #[must_use]
     pub fn has_granted(&self, now: Moment) -> bool {

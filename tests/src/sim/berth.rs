@@ -215,29 +215,39 @@ impl Subject for BerthSubject {
     fn fragile(&self, setup: &Setup, stable: &mut StableReader<'_>) -> Vec<Range<u64>> {
         let layout = Layout::with_segment_blocks([7; 16], setup.disk_bytes, self.lanes, SEGMENT_BLOCKS);
         let layout = layout.expect("the pool is large enough");
-        let segment_bytes = u64::from(layout.segment_bytes());
-        // Three of four roots rotted together are beyond what a pool survives; bits flip in one anchor at most.
-        let anchors = (1..ANCHORS).map(|number| u64::from(layout.anchor(number).0) * segment_bytes);
-        let mut fragile: Vec<_> = anchors.map(|start| start..start + segment_bytes).collect();
-        for lane in 0..layout.lanes {
-            match recover_lane(stable, layout, lane, self.map_cache_bytes, self.bugs) {
-                // The end of the log, of which nothing on the disk says that it had been flushed, and what comes
-                // behind it.
-                Ok(recovered) => {
-                    let unproven = recovered.unproven.iter().map(|run| (run.place, run.blocks));
-                    let ahead = recovered.log_ends.iter().flatten().flat_map(|end| {
-                        let rest = (layout.place(end.segment, 0).plus(end.block), SEGMENT_BLOCKS - end.block);
-                        [rest, (layout.place(end.next_segment, 0), SEGMENT_BLOCKS)]
-                    });
-                    fragile.extend(unproven.chain(ahead).map(|(place, blocks)| {
-                        let start = place.offset_bytes();
-                        start..start + u64::from(blocks) * BLOCK_BYTES_U64
-                    }));
-                }
-                // Damaged enough already to be refused.
-                Err(_) => fragile.push(0..setup.disk_bytes),
-            }
-        }
-        fragile
+        fragile_ranges(&layout, stable, self.map_cache_bytes, self.bugs)
     }
+}
+
+/// Where bits must not flip: what no pool survives, and what nothing on the disk says to have been flushed.
+pub(super) fn fragile_ranges(
+    layout: &Layout,
+    stable: &mut StableReader<'_>,
+    map_cache_bytes: u64,
+    bugs: Bugs,
+) -> Vec<Range<u64>> {
+    let segment_bytes = u64::from(layout.segment_bytes());
+    // Three of four roots rotted together are beyond what a pool survives; bits flip in one anchor at most.
+    let anchors = (1..ANCHORS).map(|number| u64::from(layout.anchor(number).0) * segment_bytes);
+    let mut fragile: Vec<_> = anchors.map(|start| start..start + segment_bytes).collect();
+    for lane in 0..layout.lanes {
+        match recover_lane(stable, *layout, lane, map_cache_bytes, bugs) {
+            // The end of the log, of which nothing on the disk says that it had been flushed, and what comes
+            // behind it.
+            Ok(recovered) => {
+                let unproven = recovered.unproven.iter().map(|run| (run.place, run.blocks));
+                let ahead = recovered.log_ends.iter().flatten().flat_map(|end| {
+                    let rest = (layout.place(end.segment, 0).plus(end.block), SEGMENT_BLOCKS - end.block);
+                    [rest, (layout.place(end.next_segment, 0), SEGMENT_BLOCKS)]
+                });
+                fragile.extend(unproven.chain(ahead).map(|(place, blocks)| {
+                    let start = place.offset_bytes();
+                    start..start + u64::from(blocks) * BLOCK_BYTES_U64
+                }));
+            }
+            // Damaged enough already to be refused.
+            Err(_) => fragile.push(0..stable.len_bytes()),
+        }
+    }
+    fragile
 }

@@ -188,10 +188,12 @@ pub fn summary(report: &Report) -> String {
 #[must_use]
 pub fn cluster_summary(report: &ClusterReport) -> String {
     format!(
-        "{} requests, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
+        "{} requests, {} errors, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
          {} failovers, {} epochs, {} removals, {} admissions, {} record changes, {} commits, {} messages\n\
-         {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas",
+         {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas\n\
+         {} disk errors, {} flipped bits, {} refused starts, {} empty disks; {} writes without space",
         report.clients.answers,
+        report.clients.errors,
         report.clients.written_bytes >> 20,
         report.clients.read_bytes >> 20,
         report.virtual_ns / 1_000_000_000,
@@ -209,5 +211,10 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.network_faults,
         report.pauses,
         report.comparisons,
+        report.disk_errors,
+        report.flipped_bits,
+        report.refusals,
+        report.new_disks,
+        report.no_space,
     )
 }

@@ -4,6 +4,8 @@ use super::random::Random;
 
 const SECTOR_BYTES: u64 = 512;
 const BLOCK_BYTES: u64 = 4096;
+/// Percentage of requests that may be long: more, and they would be all that a seed has time for.
+const LONG: u64 = 4;
 
 /// One request that a client is going to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,8 @@ pub struct Pattern {
     sequential: u64,
     /// Longest request.
     bytes_max: u64,
+    /// Percentage of writes that may be so long.
+    long_writes: u64,
 }
 
 impl Pattern {
@@ -78,7 +82,18 @@ impl Pattern {
             fua: *random.pick(&[0, 0, 5, 30]),
             sequential: *random.pick(&[0, 10, 60]),
             bytes_max: *random.pick(&[BLOCK_BYTES * 2, 128 << 10, bytes_max, bytes_max]),
+            long_writes: LONG,
         }
+    }
+}
+
+impl Pattern {
+    /// The same with long writes everywhere, and few trims: volumes fill up.
+    #[must_use]
+    pub fn filling(mut self, bytes_max: u64) -> Pattern {
+        let [reads, _, flushes, trims, zeroes, ..] = self.weights;
+        self.weights = [reads.min(30), 150, flushes, trims.min(5), zeroes.min(5), 1, 1, 1];
+        Pattern { hot: 0, sequential: self.sequential.max(30), bytes_max, long_writes: 40, ..self }
     }
 }
 
@@ -142,8 +157,8 @@ impl Workload {
         if self.random.percent(40) {
             return BLOCK_BYTES;
         }
-        // Long requests are rare, or they would be all that a seed has time for.
-        let longest = if self.random.percent(4) { longest } else { longest.min(64 << 10) };
+        let often = if kind == AskKind::Write { self.pattern.long_writes } else { LONG };
+        let longest = if self.random.percent(often) { longest } else { longest.min(64 << 10) };
         self.random.skewed(1..=longest / unit) * unit
     }
 

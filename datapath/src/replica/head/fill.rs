@@ -24,6 +24,7 @@ use super::peers::Phase;
 use super::view::proposal_of;
 use super::{Head, HeadEffect, PROPOSE_AGAIN_NS, Role, Stage};
 use crate::record::{NodeId, Stamp};
+use crate::replica::bugs::PlantedBug;
 use crate::units::Moment;
 use std::collections::VecDeque;
 
@@ -202,7 +203,8 @@ impl Head {
     /// The replica being filled has promised, and `last` is what it can have in common with the order. True if the answer
     /// was that and needs nothing more.
     pub(super) fn filled_promised(&mut self, now: Moment, member: NodeId, last: Stamp) -> bool {
-        let base = self.record.common_point(last);
+        let wrong = self.bugs.has(PlantedBug::WrongCommonPoint);
+        let base = if wrong { last } else { self.record.common_point(last) };
         let Role::Lead(lead) = &mut self.role else { return false };
         let Some(fill) = lead.fills.now.as_mut().filter(|fill| fill.member == member) else { return false };
         if fill.is_admitting() {
@@ -332,13 +334,14 @@ impl Head {
         let Role::Lead(lead) = &mut self.role else { return };
         let Some(fill) = &mut lead.fills.now else { return };
         let (member, epoch, number) = (fill.member, lead.epoch, fill.number);
+        let early = self.bugs.has(PlantedBug::ClaimWhileFilling) && fill.sent > 0;
         match fill.step {
             // Between what is copied and what is sent nothing may lie.
             Step::Beginning { after, stored: true } if lead.committed >= after.sequence => {
                 (fill.step, fill.moved_at) = (Step::Copying, now);
                 self.advance_fill(now);
             }
-            Step::Copying if fill.next_block >= self.record.size_blocks && !fill.reading => {
+            Step::Copying if (fill.next_block >= self.record.size_blocks || early) && !fill.reading => {
                 // What was read last may show anything that is numbered now.
                 fill.step = Step::Ending { last: lead.last.sequence };
                 self.effects.push_back(HeadEffect::Filled { member, epoch, fill: number });

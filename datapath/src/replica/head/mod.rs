@@ -347,7 +347,7 @@ impl Lead {
             return open.in_sync.clone();
         }
         let mut needed = record.in_sync.clone();
-        if let Some((open, _)) = &self.open {
+        if let Some((open, _)) = self.open.as_ref().filter(|_| !bugs.has(PlantedBug::AckBeforeAdmission)) {
             needed.extend(open.in_sync.iter().filter(|node| !record.is_in_sync(**node)));
         }
         needed

@@ -451,6 +451,20 @@ impl Lane {
         u32::try_from(new).expect("at most a piece")
     }
 
+    /// Would a write of this range still fit, beside all that was taken in before? For those who number changes: once it
+    /// has a number it cannot be refused. Overwriting always fits; where the map of the range is not in memory, it counts
+    /// as new.
+    pub fn has_room_beside_queue(&mut self, range: BlockRange) -> bool {
+        let frames = self.frames_here(range);
+        let new_blocks = frames.map_or(range.count, |frames| self.count_new_blocks(range, frames));
+        let queued = self.volumes.iter().flat_map(|volume| &volume.order.queue);
+        let queued = queued.map(|index| self.changes.get(*index)).filter(|change| change.payload.is_some());
+        let queued_blocks: u32 = queued.map(|change| change.range.count).sum();
+        let fits = new_blocks == 0 || self.has_room_for(queued_blocks + new_blocks);
+        self.counters.refused_no_space += u64::from(!fits);
+        fits
+    }
+
     /// Would so many more live blocks leave the cleaner enough to work with? Overwriting adds none.
     fn has_room_for(&self, new_blocks: u32) -> bool {
         if new_blocks == 0 {

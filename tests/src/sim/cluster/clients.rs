@@ -255,7 +255,8 @@ impl World {
             return;
         };
         // A head that has lost its volume may say so.
-        let tolerance = Tolerance { io: false, no_space: false, shutting_down: true };
+        let tolerance =
+            Tolerance { io: self.nodes[node].may_fail(), no_space: self.options.full, shutting_down: true };
         let Session { connected, volume, .. } = &mut self.sessions[session];
         let at = connected.as_mut().expect("just found");
         let before = at.client.counts.answers;

@@ -1,11 +1,15 @@
 //! What goes wrong, when, and for how long.
 
+use super::disks::Illness;
 use super::links::Blocks;
 use super::{ClusterOptions, Happening, MILLISECOND_NS, SECOND_NS, Stage, World, index};
 use crate::sim::random::Random;
 use crate::sim::trace;
 use crate::sim::workload::Pattern;
 use datapath::units::Moment;
+
+/// Percentage of seeds in which a node has a bad disk.
+const ILL: u64 = 30;
 
 /// Which kinds of trouble a seed has. Each is absent in many seeds, so that none hides behind another.
 #[derive(Clone, Debug)]
@@ -20,7 +24,7 @@ pub(super) struct Swarm {
     /// The same for time.
     calm_ns_max: u64,
     /// How long a node stays down.
-    down_ns_max: u64,
+    pub(super) down_ns_max: u64,
     /// How long network, store and clocks stay as they should not be.
     fault_ns_max: u64,
     pub(super) break_ns_max: u64,
@@ -41,6 +45,8 @@ pub(super) struct Swarm {
     pub(super) idle_pauses: u64,
     pub(super) tear_bytes: usize,
     pub(super) disk_delay_ns_max: u64,
+    /// What disks do besides losing power.
+    pub(super) illness: Option<Illness>,
     /// All nodes lose power at the end, once more.
     pub(super) dark_end: bool,
 }
@@ -59,6 +65,8 @@ enum Kind {
     SlowDisk,
     Move,
     Split,
+    Rot,
+    NewDisk,
 }
 
 /// What ends by itself.
@@ -103,6 +111,16 @@ impl Swarm {
                 likely.extend(std::iter::repeat_n(kind, often));
             }
         }
+        // A stream of its own: seeds without it are what they would be if it did not exist.
+        let mut disks = random.fork("disks", 0);
+        let ill = options.disks || !options.peace && !options.splits && disks.percent(ILL);
+        let illness = ill.then(|| Illness::draw(&mut disks));
+        if illness.is_some_and(|illness| illness.rot) {
+            likely.extend([Kind::Rot; 3]);
+        }
+        if illness.is_some_and(|illness| illness.new_disks) {
+            likely.extend([Kind::NewDisk; 2]);
+        }
         if likely.is_empty() {
             likely.push(Kind::Move);
         }
@@ -113,8 +131,11 @@ impl Swarm {
             faults: if options.peace || options.splits { 3 } else { random.range(2..=9) },
             kinds: likely,
             clients: random.range(if options.splits { 3 } else { 1 }..=4),
-            pattern: Pattern::draw(random, bytes_max),
-            answers_max: *random.pick(&[20, 100, 300]),
+            pattern: match Pattern::draw(random, bytes_max) {
+                pattern if options.full => pattern.filling(512 << 10),
+                pattern => pattern,
+            },
+            answers_max: if options.full { 300 } else { *random.pick(&[20, 100, 300]) },
             calm_ns_max: *random.pick(&[2 * SECOND_NS, 10 * SECOND_NS]),
             down_ns_max: *random.pick(&[100 * MILLISECOND_NS, 2 * SECOND_NS, 8 * SECOND_NS]),
             fault_ns_max: *random.pick(&[SECOND_NS, 8 * SECOND_NS]),
@@ -132,6 +153,7 @@ impl Swarm {
             tear_bytes: *random.pick(&[512, 4096]),
             disk_delay_ns_max: *random.pick(&[5_000, 50_000, 200_000, 2 * MILLISECOND_NS]),
             dark_end: random.percent(40),
+            illness,
         }
     }
 }
@@ -185,6 +207,8 @@ impl World {
             Kind::Pause => self.pause(node),
             Kind::SlowDisk => self.slow_disk(node),
             Kind::Split => self.split(),
+            Kind::Rot => self.rot(),
+            Kind::NewDisk => self.lose_disk(),
             Kind::Move => {
                 let volume = self.random.index(self.volumes.len());
                 self.volumes[volume].home = node;
@@ -213,9 +237,7 @@ impl World {
             self.report.kills += 1;
         }
         self.stop(node, power_cut);
-        let delay = self.random.skewed(MILLISECOND_NS..=self.swarm.down_ns_max);
-        let boots = self.nodes[node].boots;
-        self.after(delay, Happening::Start { node, boots });
+        self.start_later(node);
     }
 
     fn cut_some_link(&mut self) {
@@ -368,11 +390,10 @@ impl World {
         self.flow_again();
         self.store_away = false;
         for node in 0..self.nodes.len() {
+            self.cure(node);
             if self.nodes[node].life.is_none() {
                 self.start(node);
             }
-            let driver = self.nodes[node].at(self.now_ns).expect("just started");
-            driver.disk.faults.stalls = 0;
         }
         self.begin_verifying();
     }

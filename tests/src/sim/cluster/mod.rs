@@ -14,6 +14,7 @@
 
 mod checks;
 mod clients;
+mod disks;
 mod faults;
 mod links;
 mod node;
@@ -60,16 +61,30 @@ pub struct ClusterOptions {
     pub fights: bool,
     /// Nothing ever fails.
     pub peace: bool,
+    /// In every seed a node has a disk that does more than lose power.
+    pub disks: bool,
+    /// The volumes do not fit into the pool of one node, or of all.
+    pub full: bool,
     /// All that goes wrong is that heads are cut off, from few blocks that everybody uses.
     pub splits: bool,
 }
 
-const PLAIN: ClusterOptions =
-    ClusterOptions { fights: false, peace: false, splits: false, bugs: Bugs::none() };
+const PLAIN: ClusterOptions = ClusterOptions {
+    fights: false,
+    peace: false,
+    disks: false,
+    full: false,
+    splits: false,
+    bugs: Bugs::none(),
+};
 
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 3] = [
+const SCENARIOS: [(&str, ClusterOptions); 5] = [
     ("peace", ClusterOptions { peace: true, ..PLAIN }),
+    // Writes, syncs and reads that fail, flipped bits, and disks that are empty all at once.
+    ("disks", ClusterOptions { disks: true, ..PLAIN }),
+    // Pools that are smaller than what clients write.
+    ("full", ClusterOptions { full: true, ..PLAIN }),
     // A head that is cut off goes on to read for as long as it may, and not longer.
     ("splits", ClusterOptions { splits: true, ..PLAIN }),
     // Heads on all nodes take the volume from each other as fast as they can.
@@ -117,6 +132,16 @@ pub struct ClusterReport {
     pub network_faults: u64,
     /// Pauses of nodes.
     pub pauses: u64,
+    /// Errors that disks reported.
+    pub disk_errors: u64,
+    /// Writes that were refused for want of space.
+    pub no_space: u64,
+    /// Bits flipped.
+    pub flipped_bits: u64,
+    /// Starts that were refused because of that.
+    pub refusals: u64,
+    /// Disks that were replaced by empty ones.
+    pub new_disks: u64,
     /// Comparisons of replicas, block for block.
     pub comparisons: u64,
     /// Turns of the engines.
@@ -147,6 +172,11 @@ impl ClusterReport {
         self.blackouts += other.blackouts;
         self.network_faults += other.network_faults;
         self.pauses += other.pauses;
+        self.disk_errors += other.disk_errors;
+        self.no_space += other.no_space;
+        self.flipped_bits += other.flipped_bits;
+        self.refusals += other.refusals;
+        self.new_disks += other.new_disks;
         self.comparisons += other.comparisons;
         self.turns += other.turns;
         self.virtual_ns += other.virtual_ns;
@@ -266,7 +296,11 @@ impl World {
         let nodes = draw_nodes(&mut draw, &random, options, &swarm);
         let (mut volumes, mut records) = (Vec::new(), Vec::new());
         for volume in 0..crate::to_usize(draw.range(1..=2)) {
-            let size_blocks = if options.splits { draw.range(16..=24) } else { draw.skewed(16..=400) };
+            let size_blocks = match options {
+                ClusterOptions { splits: true, .. } => draw.range(16..=24),
+                ClusterOptions { full: true, .. } => draw.range(3_000..=6_000),
+                _ => draw.skewed(16..=400),
+            };
             let mut replicas: Vec<NodeId> = (0..nodes.len()).map(id).collect();
             draw.shuffle(&mut replicas);
             let most = replicas.len().min(3);
@@ -415,7 +449,10 @@ impl World {
     }
 
     fn start(&mut self, node: usize) {
-        self.nodes[node].start(self.now_ns, self.volumes.len());
+        self.sicken(node);
+        if let Err(error) = self.nodes[node].start(self.now_ns, self.volumes.len()) {
+            return self.start_refused(node, &error);
+        }
         trace::note(self.moment(), "node starts: node, boot", [node as u64, self.nodes[node].boots, 0]);
         for volume in 0..self.volumes.len() {
             let record = self.records.get(volume).clone();
@@ -430,6 +467,7 @@ impl World {
         trace::note(self.moment(), "node stops: node, power cut", [node as u64, power_cut.into(), 0]);
         if self.nodes[node].life.is_some() {
             self.report.turns += self.nodes[node].report_turns();
+            self.report.no_space += self.nodes[node].report_no_space();
             self.clients_lose(node);
             self.links_lose(node, power_cut);
         }
@@ -451,6 +489,7 @@ impl World {
         );
         self.happenings = 0;
         self.watch_clients();
+        self.watch_disks();
         self.end_if_all_is_well();
         if self.stage != Stage::Working {
             assert!(
@@ -481,6 +520,8 @@ impl World {
     fn finish(mut self) -> ClusterReport {
         for node in &self.nodes {
             self.report.turns += node.report_turns();
+            self.report.no_space += node.report_no_space();
+            self.report.disk_errors += node.disk().counts.errors;
         }
         self.report.failovers = self.records.started;
         self.report.epochs = self.records.all().iter().map(|record| u64::from(record.epoch)).sum();
@@ -495,9 +536,16 @@ impl World {
 
 fn draw_nodes(draw: &mut Random, random: &Random, options: ClusterOptions, swarm: &Swarm) -> Vec<Node> {
     let count = *draw.pick(&[2, 3, 3, 3, 3, 4, 5]);
-    let lanes = if draw.percent(80) { 1 } else { 2 };
+    let lanes = if draw.percent(80) || options.full { 1 } else { 2 };
+    // Where pools are small, it is the first one's or everybody's.
+    let all_small = options.full && draw.percent(40);
     let mut node = |node: usize| {
-        let segments = if lanes == 1 { draw.range(34..=40) } else { draw.range(54..=64) };
+        let segments = match lanes {
+            1 if options.full && (node == 0 || all_small) => draw.range(32..=34),
+            1 if options.full => draw.range(80..=90),
+            1 => draw.range(34..=40),
+            _ => draw.range(54..=64),
+        };
         let plan = NodePlan {
             id: id(node),
             lanes,

@@ -13,11 +13,12 @@ use datapath::store::layout::Layout;
 use datapath::store::recovery::{PoolReader, Recovered, read_layout, recover_lane};
 use datapath::units::{BLOCK_BYTES, MemoryRange, Moment};
 
+use crate::sim::berth::fragile_ranges;
 use crate::sim::disk::Disk;
 use crate::sim::driver::Driver;
 use crate::sim::memory::SimMemory;
 use crate::sim::random::Random;
-use crate::sim::subject::{DiskReader, MemoryPlan};
+use crate::sim::subject::{DiskReader, MemoryPlan, StableReader};
 
 const SEGMENT_BLOCKS: u32 = 256;
 const MIB: u64 = 1 << 20;
@@ -68,6 +69,9 @@ pub(super) struct Life {
     pub(super) told: Vec<bool>,
 }
 
+/// A lane of each, as recovery finds it.
+type Pool = (Layout, Vec<Recovered>);
+
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Node {
@@ -79,20 +83,35 @@ pub(super) struct Node {
     memory: Option<SimMemory>,
     /// Counts starts.
     pub(super) boots: u64,
+    /// Errors that the disk had reported when the process started.
+    errors_at_start: u64,
+    /// Bits have flipped, and are not known to be as they were.
+    rotted: bool,
+    /// Damaged blocks were given up for good.
+    lost: bool,
+    /// It once had another disk.
+    replaced: bool,
     random: Random,
 }
 
 impl Node {
     /// A node with an empty pool.
     pub(super) fn new(plan: NodePlan, tear_bytes: usize, delay_ns_max: u64, random: Random) -> Node {
-        let mut disk = Disk::new(plan.disk_bytes, random.fork("disk", 0));
+        let mut disk = format(&plan, random.fork("disk", 0));
         disk.faults.tear_bytes = tear_bytes;
         disk.faults.delay_ns_max = delay_ns_max;
-        let layout = Layout::with_segment_blocks([7; 16], plan.disk_bytes, plan.lanes, SEGMENT_BLOCKS);
-        for write in format_writes(&layout.expect("the pool is large enough")) {
-            disk.write_now(write.place.offset_bytes(), &write.block[..]);
+        Node {
+            plan,
+            life: None,
+            disk: Some(disk),
+            memory: None,
+            boots: 0,
+            errors_at_start: 0,
+            rotted: false,
+            lost: false,
+            replaced: false,
+            random,
         }
-        Node { plan, life: None, disk: Some(disk), memory: None, boots: 0, random }
     }
 
     fn memory_plan(&self) -> MemoryPlan {
@@ -106,8 +125,14 @@ impl Node {
     }
 
     /// Starts the process.
-    pub(super) fn start(&mut self, world_ns: u64, volumes: usize) {
+    ///
+    /// # Errors
+    /// Why the store does not start.
+    pub(super) fn start(&mut self, world_ns: u64, volumes: usize) -> Result<(), String> {
         self.boots += 1;
+        let disk = self.disk.as_mut().expect("a node that is down has its disk");
+        self.errors_at_start = disk.counts.errors;
+        let pool = read_pool(&self.plan, &mut DiskReader::new(disk))?;
         let mut random = self.random.fork("life", self.boots);
         let clock = Clock {
             world_ns,
@@ -115,17 +140,17 @@ impl Node {
             pace: MILLION + random.range(0..=40_000) - 20_000,
         };
         let plan = self.memory_plan();
-        let mut disk = self.disk.take().expect("a node that is down has its disk");
+        let disk = self.disk.take().expect("a node that is down has its disk");
         let mut memory = self.memory.take().unwrap_or_else(|| SimMemory::new(plan.total_bytes));
         memory.reset();
-        let shard = self.recover(&mut disk, memory, random.bits());
+        let shard = self.open(pool, memory, random.bits());
         let mut driver = Driver::new(shard, disk, clock.show(world_ns), &plan, random.fork("driver", 0));
         driver.allow_calls();
         self.life = Some(Life { driver, clock, told: vec![false; volumes] });
+        Ok(())
     }
 
-    fn recover(&self, disk: &mut Disk, memory: SimMemory, boot: u64) -> Shard<SimMemory> {
-        let (layout, recovered) = self.read_pool(&mut DiskReader::new(disk));
+    fn open(&self, (layout, recovered): Pool, memory: SimMemory, boot: u64) -> Shard<SimMemory> {
         let receive_bytes = RECEIVE_BYTES * u32::from(RECEIVE_BUFFERS);
         let total_bytes = self.memory_plan().total_bytes;
         let mut pages = Pages::new(MemoryRange { start: receive_bytes, len: total_bytes - receive_bytes });
@@ -152,14 +177,60 @@ impl Node {
         shard
     }
 
-    /// What recovery makes of the pool.
-    pub(super) fn read_pool(&self, reader: &mut impl PoolReader) -> (Layout, Vec<Recovered>) {
-        let layout = read_layout(reader).expect("an undamaged pool has a layout");
-        let lane = |lane| {
-            recover_lane(reader, layout, lane, self.plan.map_cache_bytes, StoreBugs::none())
-                .unwrap_or_else(|error| panic!("an undamaged pool is refused: {error}"))
-        };
-        (layout, (0..layout.lanes).map(lane).collect())
+    /// What recovery makes of the pool, which is not damaged.
+    pub(super) fn read_pool(&self, reader: &mut impl PoolReader) -> Pool {
+        read_pool(&self.plan, reader).unwrap_or_else(|error| panic!("an undamaged pool is refused: {error}"))
+    }
+
+    /// Flips up to `count` bits, and says how many.
+    pub(super) fn rot(&mut self, count: usize) -> usize {
+        let reader = &mut StableReader(self.disk());
+        let Ok(layout) = read_layout(reader) else { return 0 };
+        let fragile = fragile_ranges(&layout, reader, self.plan.map_cache_bytes, StoreBugs::none());
+        let flipped = self.disk_mut().flip_bits(count, &fragile);
+        self.rotted |= flipped > 0;
+        flipped
+    }
+
+    /// An empty pool takes the place of the one that there was.
+    pub(super) fn replace_disk(&mut self) {
+        let faults = self.disk().faults.clone();
+        let mut disk = format(&self.plan, self.random.fork("disk", self.boots));
+        disk.faults = faults;
+        self.errors_at_start = 0;
+        (self.rotted, self.lost, self.replaced) = (false, false, true);
+        assert!(self.disk.replace(disk).is_some(), "a node that is down has its disk");
+    }
+
+    /// Bits are as they were, and what failed is forgotten.
+    pub(super) fn repair(&mut self) {
+        let disk = self.disk_mut();
+        disk.repair_rot();
+        self.errors_at_start = self.disk().counts.errors;
+        self.rotted = false;
+    }
+
+    /// Has the disk reported an error since the process started?
+    pub(super) fn has_errors(&self) -> bool {
+        self.disk().counts.errors > self.errors_at_start
+    }
+
+    pub(super) fn is_rotted(&self) -> bool {
+        self.rotted
+    }
+
+    pub(super) fn is_replaced(&self) -> bool {
+        self.replaced
+    }
+
+    /// Were blocks given up because they could not be read?
+    pub(super) fn has_lost(&self) -> bool {
+        self.lost || self.life.as_ref().is_some_and(|life| lost_blocks(&life.driver.engine) > 0)
+    }
+
+    /// Has the disk given cause for errors?
+    pub(super) fn may_fail(&self) -> bool {
+        self.has_errors() || self.rotted || self.has_lost()
     }
 
     /// Ends the process. Without power the disk loses what it had not flushed.
@@ -170,7 +241,8 @@ impl Node {
             }
             return;
         };
-        let (memory, mut disk, _, _) = life.driver.dismantle();
+        let (memory, mut disk, _, engine) = life.driver.dismantle();
+        self.lost |= lost_blocks(&engine) > 0;
         if power_cut {
             disk.cut_power();
         } else {
@@ -184,6 +256,13 @@ impl Node {
         match &self.life {
             Some(life) => &life.driver.disk,
             None => self.disk.as_ref().expect("a node that is down has its disk"),
+        }
+    }
+
+    pub(super) fn disk_mut(&mut self) -> &mut Disk {
+        match &mut self.life {
+            Some(life) => &mut life.driver.disk,
+            None => self.disk.as_mut().expect("a node that is down has its disk"),
         }
     }
 
@@ -214,7 +293,35 @@ impl Node {
         }
     }
 
+    pub(super) fn report_no_space(&self) -> u64 {
+        let lanes = self.life.iter().flat_map(|life| life.driver.engine.lanes());
+        lanes.map(|lane| lane.counters().refused_no_space).sum()
+    }
+
     pub(super) fn report_turns(&self) -> u64 {
         self.life.as_ref().map_or(0, |life| life.driver.counts.turns)
     }
+}
+
+fn format(plan: &NodePlan, random: Random) -> Disk {
+    let mut disk = Disk::new(plan.disk_bytes, random);
+    let layout = Layout::with_segment_blocks([7; 16], plan.disk_bytes, plan.lanes, SEGMENT_BLOCKS);
+    for write in format_writes(&layout.expect("the pool is large enough")) {
+        disk.write_now(write.place.offset_bytes(), &write.block[..]);
+    }
+    disk
+}
+
+fn read_pool(plan: &NodePlan, reader: &mut impl PoolReader) -> Result<Pool, String> {
+    let refused = |error: &dyn std::fmt::Display| error.to_string();
+    let layout = read_layout(reader).map_err(|error| refused(&error))?;
+    let lanes = (0..layout.lanes)
+        .map(|lane| recover_lane(reader, layout, lane, plan.map_cache_bytes, StoreBugs::none()))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| refused(&error))?;
+    Ok((layout, lanes))
+}
+
+fn lost_blocks(engine: &Shard<SimMemory>) -> u64 {
+    engine.lanes().map(|lane| lane.counters().lost_blocks).sum()
 }

@@ -241,6 +241,12 @@ impl Disk {
         Ok(())
     }
 
+    /// From now on nothing is reported to have failed, and nothing is slow or lies.
+    pub fn end_faults(&mut self) {
+        let DiskFaults { tear_bytes, delay_ns_max, .. } = self.faults;
+        self.faults = DiskFaults { tear_bytes, delay_ns_max, ..DiskFaults::none() };
+    }
+
     /// Power is lost, and comes back.
     pub fn cut_power(&mut self) {
         let mut records = std::mem::take(&mut self.unsynced);

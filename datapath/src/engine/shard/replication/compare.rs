@@ -13,6 +13,7 @@ use crate::block_set::BlockSet;
 use crate::limits::PIECE_BLOCKS_MAX;
 use crate::memory::Memory;
 use crate::record::Stamp;
+use crate::replica::bugs::PlantedBug;
 use crate::store::lane::{Changed, Extent};
 use crate::store::map::LEAF_BLOCKS;
 use crate::wire::peer_message::PeerMessage;
@@ -168,6 +169,8 @@ impl<M: Memory> Shard<M> {
 
     fn answer_comparison(&mut self, index: usize, comparing: Comparing, blocks: Option<BlockSet>) {
         let Comparing { asker, epoch, fill, base } = comparing;
+        let is_kept = self.replication.bugs.has(PlantedBug::SurplusKept);
+        let blocks = if is_kept { Some(BlockSet::default()) } else { blocks };
         let Some(member) = &mut self.replication.replicas[index].member else { return };
         if blocks.is_some() {
             member.compared(fill, base);

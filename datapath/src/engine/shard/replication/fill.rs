@@ -12,6 +12,7 @@ use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::{NodeId, Stamp, VolumeNumber};
+use crate::replica::bugs::PlantedBug;
 use crate::store::lane::{BlockRange, Completion, HoleMap, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 use crate::wire::peer_message::{CopyHeader, PeerFrame, PeerMessage};
@@ -170,6 +171,9 @@ impl<M: Memory> Shard<M> {
         let served = &self.served[self.replication.replicas[index].served];
         let (lane, volume) = (served.lane, served.volume);
         let size_blocks = self.lanes[lane].lane.volumes()[volume as usize].size_blocks();
+        let (bugs, whole) = (self.replication.bugs, [(copy.block, copy.count)]);
+        let runs = if bugs.has(PlantedBug::CopyWins) { &whole } else { runs };
+        let is_kept = bugs.has(PlantedBug::HolesNotFilled) && !copy.data;
         if u64::from(copy.block) + u64::from(copy.count) > size_blocks {
             self.drop_payload_of_peer(memory);
             if let Leader::Link(id, _) = asker {
@@ -177,7 +181,7 @@ impl<M: Memory> Shard<M> {
             }
             return;
         }
-        if runs.is_empty() {
+        if runs.is_empty() || is_kept {
             self.drop_payload_of_peer(memory);
             return self.finish_copy(index, fill, true, true);
         }

@@ -11,7 +11,7 @@ use crate::record::{ChangeKind, NodeId, VolumeNumber};
 use crate::replica::bugs::PlantedBug;
 use crate::replica::head::HeadEffect;
 use crate::request::RequestError;
-use crate::store::lane::{Completion, HoleMap};
+use crate::store::lane::{BlockRange, Completion, HoleMap};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange, Moment};
 use crate::wire::peer_message::{ChangeHeader, PeerFrame, PeerMessage};
 
@@ -27,6 +27,12 @@ impl<M: Memory> Shard<M> {
     ) {
         let now = self.now;
         let timely = self.is_of_this_term(self.pieces.get(piece).task);
+        if timely && kind == ChangeKind::Data && !self.has_room_here(index, block, count) {
+            if let Some(memory) = memory {
+                self.pages.release(memory);
+            }
+            return self.finish_later(piece, Err(RequestError::NoSpace));
+        }
         let head = &mut self.replication.replicas[index].head;
         let submitted = timely.then(|| head.submit(now, piece, kind, block, count));
         let Some(Ok(stamp)) = submitted else {
@@ -44,6 +50,14 @@ impl<M: Memory> Shard<M> {
             Content { sequence: stamp.sequence, piece: Some(piece), memory, checksums, peer_pages: 0 };
         self.replication.replicas[index].contents.push(content);
         self.settle_head(index);
+    }
+
+    /// Does a write fit into the own replica's pool? A change that has a number must not lack space. Of the other
+    /// replicas' space nothing is known here.
+    fn has_room_here(&mut self, index: usize, block: u32, count: u32) -> bool {
+        let served = &self.served[self.replication.replicas[index].served];
+        let range = BlockRange { volume: served.volume, block, count };
+        self.lanes[served.lane].lane.has_room_beside_queue(range)
     }
 
     fn checksums_of(&self, memory: MemoryRange) -> Vec<u32> {

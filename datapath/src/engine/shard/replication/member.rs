@@ -6,7 +6,7 @@ use super::{Leader, Replica, Work};
 use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
-use crate::record::VolumeNumber;
+use crate::record::{NodeId, Record, VolumeNumber};
 use crate::replica::bugs::PlantedBug;
 use crate::replica::member::{Member, Step};
 use crate::store::lane::{BlockRange, FetchOutcome, Fetched, OwnedPayload, Payload};
@@ -25,9 +25,16 @@ impl<M: Memory> Shard<M> {
         if !lane.is_open() || lane.has_failed() || !lane.is_lasting(volume) {
             return;
         }
-        let mut member =
-            Member::new(self.now, lane.promised(volume), lane.last_stamp(volume), lane.filling_from(volume));
-        let (now, node) = (self.now, self.replication.node());
+        let filling = lane.filling_from(volume);
+        let node = self.replication.node();
+        let replica = &mut self.replication.replicas[index];
+        // It is silent until others have left it out; then it is filled.
+        replica.lost = filling.is_some() && replica.head.record().is_in_sync(node);
+        if replica.lost {
+            return;
+        }
+        let mut member = Member::new(self.now, lane.promised(volume), lane.last_stamp(volume), filling);
+        let now = self.now;
         member.plant(now, self.replication.bugs);
         let replica = &mut self.replication.replicas[index];
         replica.member = Some(member);
@@ -70,10 +77,16 @@ impl<M: Memory> Shard<M> {
         message: PeerMessage,
         memory: Option<MemoryRange>,
     ) {
-        let now = self.now;
+        let (now, node) = (self.now, self.replication.node());
         let replica = &mut self.replication.replicas[index];
         let theirs = if asker == Leader::ThisNode { None } else { memory };
         let Some(member) = &mut replica.member else { return self.drop_payload_of_peer(theirs) };
+        if let PeerMessage::Promise { epoch } = message
+            && member.holds_no_order()
+            && !may_be_filled(replica.head.record(), node, epoch)
+        {
+            return;
+        }
         if let (PeerMessage::Change { change, .. }, Leader::Link(id, _)) = (message, asker) {
             let served = &self.served[replica.served];
             let size_blocks = self.lanes[served.lane].lane.volumes()[served.volume as usize].size_blocks();
@@ -302,6 +315,12 @@ impl<M: Memory> Shard<M> {
         self.replication.peer_pages -= memory.len / BLOCK_BYTES;
         self.send_payload(id, PeerFrame { volume, message }, checksums, memory);
     }
+}
+
+/// Can only a head that is going to fill the replica here ask it for its promise of this epoch? One that makes a view
+/// would take its position for that of a replica in sync.
+fn may_be_filled(record: &Record, node: NodeId, epoch: u32) -> bool {
+    record.epoch == epoch && record.started && !record.is_in_sync(node)
 }
 
 /// The epoch of what only the head may ask for whose promise the member gave.

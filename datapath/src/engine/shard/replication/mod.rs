@@ -26,7 +26,7 @@ use crate::engine::report::RepairReport;
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
-use crate::replica::bugs::Bugs;
+use crate::replica::bugs::{Bugs, PlantedBug};
 use crate::replica::head::Head;
 use crate::replica::member::Member;
 use crate::replica::peer_reads::PeerReads;
@@ -95,6 +95,8 @@ struct Replica {
     /// Nothing before the volume lasts in its lane, and after it has failed.
     member: Option<Member>,
     failed: bool,
+    /// The record counts on what the replica held, and it is gone, as when the pool was made anew.
+    lost: bool,
     leader: Leader,
     /// What the changes that are not committed hold.
     contents: Contents,
@@ -231,6 +233,12 @@ impl Replica {
         if self.failed {
             return Some(format!("the replica of {} here has failed; connect to another node", record.name));
         }
+        if self.lost {
+            return Some(format!(
+                "the replica of {} here has lost what it held; connect to another node",
+                record.name
+            ));
+        }
         if !record.is_in_sync(node) {
             let others: Vec<String> = record.in_sync.iter().map(|node| node.0.to_string()).collect();
             return Some(format!(
@@ -311,6 +319,9 @@ impl<M: Memory> Shard<M> {
             identity: record.lineage,
             name: record.name.clone(),
             replicated: true,
+            // Whoever had a part in an epoch that started knew the volume: what is not known here was lost, or never came,
+            // and the volume's order must not seem to begin here.
+            filling: record.last_started > 0 && !self.replication.bugs.has(PlantedBug::LossUnnoticed),
             ..VolumeRecord::default()
         };
         let own = &mut self.lanes[lane].lane;
@@ -344,6 +355,7 @@ impl<M: Memory> Shard<M> {
             member: None,
             // A replica of another lineage has nothing in common with this volume.
             failed: !own_lineage,
+            lost: false,
             leader: Leader::Nobody,
             contents: Contents::default(),
             held: Vec::new(),
