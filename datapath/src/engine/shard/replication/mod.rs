@@ -20,6 +20,7 @@ mod reads;
 use super::{Served, Shard};
 use crate::engine::ports::ConnectionId;
 use crate::engine::region_locks::RegionLocks;
+use crate::engine::report::PeerBytes;
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
@@ -134,6 +135,8 @@ pub(super) struct Replication {
     peer_pages_max: u32,
     /// Fills that ended because the own replica could not be read.
     copies_failed: u64,
+    /// Sent on links.
+    bytes_sent: PeerBytes,
 }
 
 impl Replication {
@@ -153,8 +156,13 @@ impl Replication {
             users: Users::new(if node.is_some() { memory_bytes } else { 0 }),
             peer_pages: 0,
             copies_failed: 0,
+            bytes_sent: PeerBytes::default(),
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
+    }
+
+    pub(super) fn bytes_sent(&self) -> PeerBytes {
+        self.bytes_sent
     }
 
     /// Pages that requests of clients leave to other nodes.
