@@ -19,6 +19,9 @@ const POOL_MIB: u64 = 512;
 const BLOCK: u64 = 4096;
 /// A member is gone: writes wait for at most so long.
 const MEMBER_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// A member whose packets are lost comes back and is removed again: that may hold writes for the member's second, and for the
+/// 2 s that a fill in its last moments may take.
+const LOSSY_PAUSE_MAX: Duration = Duration::from_secs(4);
 /// The head is gone: another one serves after at most so long.
 const HEAD_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Longer than any lease (3 s) and what is added to it.
@@ -139,12 +142,13 @@ fn fio_finds_no_error_while_members_fail() {
                 "{name} {blow:?}: a write waited for {pause:?}, later for {after:?}; in sync after {back:?}"
             );
             assert!(!fio.is_finished(), "fio has ended");
+            let most = if *blow == Blow::Lossy { LOSSY_PAUSE_MAX } else { MEMBER_PAUSE_MAX };
+            assert!(pause.max(after) <= most, "a write waited for {pause:?}, later for {after:?}");
             longest = longest.max(pause).max(after);
         }
         stop.store(true, Ordering::Relaxed);
         fio.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    assert!(longest <= MEMBER_PAUSE_MAX, "a write waited for {longest:?}");
     cluster.compare_replicas(&scratch, "v", VOLUME_MIB);
     let blows = blows.len();
     print_figure(&format!(
