@@ -10,9 +10,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use datapath::reactor::inherited::listening_socket;
-use nix::sys::socket::{SockaddrLike, SockaddrStorage, getsockname};
+use nix::sys::socket::sockopt::TcpUserTimeout;
+use nix::sys::socket::{SockaddrLike, SockaddrStorage, getsockname, setsockopt};
 use thiserror::Error;
 
 use crate::uri::{tcp_uri, unix_uri};
@@ -235,6 +237,16 @@ fn activated_count(pid: Option<String>, count: Option<String>, own_pid: u32) -> 
     number.ok_or_else(|| ListenError::Activation(format!("LISTEN_FDS={count:?}")))
 }
 
+/// Has the kernel give up a TCP connection when what was sent has not arrived for so long. Connections that a listening
+/// socket accepts take it over.
+///
+/// # Errors
+/// If it is no TCP socket.
+pub(crate) fn limit_undelivered(socket: &impl AsFd, most: Duration) -> io::Result<()> {
+    let most_ms = u32::try_from(most.as_millis()).unwrap_or(u32::MAX);
+    Ok(setsockopt(socket, TcpUserTimeout, &most_ms)?)
+}
+
 fn place_of(socket: &impl AsFd) -> Option<Place> {
     use std::os::fd::AsRawFd;
     let address: SockaddrStorage = getsockname(socket.as_fd().as_raw_fd()).ok()?;
@@ -256,7 +268,22 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::{Path, PathBuf};
 
-    use super::{ListenAddress, ListenError, Listener, activated_count, place_of};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    use nix::sys::socket::getsockopt;
+    use nix::sys::socket::sockopt::TcpUserTimeout;
+
+    use super::{ListenAddress, ListenError, Listener, activated_count, limit_undelivered, place_of};
+
+    #[test]
+    fn an_accepted_connection_is_given_up_as_soon_as_its_listener_says() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        limit_undelivered(&listener, Duration::from_secs(2)).expect("a TCP socket");
+        let _client = TcpStream::connect(listener.local_addr().expect("bound")).expect("it listens");
+        let (accepted, _) = listener.accept().expect("a client");
+        assert_eq!(getsockopt(&accepted, TcpUserTimeout), Ok(2000));
+    }
 
     fn scratch(name: &str) -> PathBuf {
         let directory = std::env::temp_dir().join(format!("berth-listener-{}", std::process::id()));

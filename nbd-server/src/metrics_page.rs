@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-use datapath::engine::report::{LaneReport, OperationClass, OperationReport, ShardReport};
+use datapath::engine::report::{LaneReport, OperationClass, OperationReport, PeerBytes, ShardReport};
 use datapath::reactor::Snapshot;
 use datapath::reactor::mailbox::{Mailbox, Message};
 use datapath::session::nbd::Rejection;
@@ -142,6 +142,15 @@ const LANE_GAUGES: [Metric<LaneReport, u64>; 7] = [
 ];
 
 type LaneValue = fn(&LaneReport) -> u64;
+type PeerValue = fn(&PeerBytes) -> u64;
+
+/// Bytes sent to other nodes by what for; together they are all of them.
+const PEER_BYTES: [(&str, PeerValue); 4] = [
+    ("change", |sent| sent.changes),
+    ("copy", |sent| sent.copies),
+    ("fetched", |sent| sent.fetched),
+    ("other", |sent| sent.other),
+];
 
 /// Blocks written to the device by what for; together they are all of them.
 const DEVICE_WRITES: [(&str, LaneValue); 4] = [
@@ -173,6 +182,7 @@ impl Collector for Page {
         }
         self.encode_operations(encoder)?;
         self.encode_rejections(encoder)?;
+        self.encode_peer_bytes(encoder)?;
         self.encode_lanes(encoder)
     }
 }
@@ -228,6 +238,18 @@ impl Page {
             for reason in Rejection::ALL {
                 let labels = [shard.clone(), ("reason", reason.name().to_owned())];
                 counter(&mut family, &labels, snapshot.report.rejections.count(*reason).into())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_peer_bytes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Bytes sent to other nodes, by what for";
+        let mut family = encoder.encode_descriptor("peer_bytes_sent", help, None, MetricType::Counter)?;
+        for (shard, snapshot) in self.shards() {
+            for (kind, value) in PEER_BYTES {
+                let labels = [shard.clone(), ("kind", kind.to_owned())];
+                counter(&mut family, &labels, value(&snapshot.report.peer_bytes_sent))?;
             }
         }
         Ok(())
@@ -313,6 +335,7 @@ mod tests {
     fn a_shard_without_an_answer_is_down_and_the_page_is_whole() {
         let mut report = ShardReport::default();
         report.operations[1].requests = 3;
+        report.peer_bytes_sent.copies = 5;
         let counters = Counters { accepted: 7, ..Counters::default() };
         let up = Snapshot { report, counters, features: Features::EVERY, connections: 0 };
         let page = write_page(vec![Some(up), None]);
@@ -322,6 +345,7 @@ mod tests {
             "berth_connections_accepted_total{shard=\"0\"} 7",
             "berth_requests_total{shard=\"0\",operation=\"write\"} 3",
             "berth_rejections_total{shard=\"0\",reason=\"range\"} 0",
+            "berth_peer_bytes_sent_total{shard=\"0\",kind=\"copy\"} 5",
             "berth_request_duration_seconds_bucket{le=\"+Inf\",shard=\"0\",operation=\"read\"} 0",
             "# EOF",
         ] {

@@ -26,7 +26,7 @@ use datapath::record::{NodeId, Record};
 use datapath::store::lane::AckPolicy;
 
 use crate::control::link::{Command, ControlLink, LinkError, LinkSettings, News};
-use crate::listener::{ListenAddress, Listener};
+use crate::listener::{ListenAddress, Listener, limit_undelivered};
 use crate::metrics::start_metrics;
 use crate::metrics_page::render;
 use crate::node_name::NodeName;
@@ -39,6 +39,9 @@ use crate::stop::StopSignals;
 
 /// How long a call to another node may take. It is called again.
 const CALL_TIMEOUT: Duration = Duration::from_millis(500);
+/// A connection between nodes is given up when what was sent has not arrived for so long. It is called anew at once: on one
+/// that was cut off the kernel tries again only after about as long as the cut has lasted, and a new head would wait for that.
+const UNDELIVERED_MAX: Duration = Duration::from_secs(2);
 
 /// All that `berth node` is told.
 #[derive(Clone, Debug)]
@@ -126,6 +129,8 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
         ))
     };
     let peer_address = advertised(&peer).ok_or(ServeError::PeerAddress)?;
+    limit_undelivered(&peer.socket(), UNDELIVERED_MAX)
+        .map_err(process("set up the socket for other nodes"))?;
     let link = Arc::new(ControlLink::start(LinkSettings {
         ctl: settings.ctl.clone(),
         name: settings.name.clone(),
@@ -246,6 +251,8 @@ fn call(address: &str) -> Option<OwnedFd> {
     addresses
         .into_iter()
         .find_map(|address| TcpStream::connect_timeout(&address, CALL_TIMEOUT).ok())
+        // Without it the connection works, too.
+        .inspect(|socket| drop(limit_undelivered(socket, UNDELIVERED_MAX)))
         .map(OwnedFd::from)
 }
 

@@ -138,3 +138,57 @@ fn the_state_tells_a_later_run_what_must_be_there() {
     kill(&mut server, &socket);
     assert!(matches!(found, Err(BenchError::Mismatch { .. })), "{found:?}");
 }
+
+/// Stops nbdkit under its `timeout`.
+fn freeze(child: &Child) {
+    let script = format!("for p in $(pgrep -P {}); do kill -STOP $p; done", child.id());
+    tools::run(std::process::Command::new("sh").args(["-c", &script]));
+}
+
+#[test]
+fn a_server_that_falls_silent_is_left_for_another_one() {
+    let scratch = Scratch::new("bench-silent");
+    let (socket, other) = (scratch.socket("nbd"), scratch.socket("other"));
+    let file = scratch.file("image");
+    std::fs::File::create(&file).and_then(|image| image.set_len(64 << 20)).expect("an image");
+    let start = |socket| nbdkit(socket, &["file", file.to_str().expect("UTF-8")]);
+    let (mut silent, mut living) = (start(&socket), start(&other));
+    let failover = vec![format!("nbd+unix:///v?socket={}", other.display()).parse().expect("a URI")];
+    // One connection, so that nothing of the silent server's can be on its way to the file when the other one is asked.
+    let args =
+        BenchArgs { reconnect: 20.0, failover, answer_timeout: 1.0, connections: 1, ..mixed(&socket, 300.0) };
+    let control = Control::default();
+    let report = thread::scope(|scope| {
+        let load = scope.spawn(|| bench::run_with(&args, &control));
+        thread::sleep(Duration::from_millis(500));
+        freeze(&silent);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while control.reconnects() == 0 && !load.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
+        // It executes nothing more.
+        kill(&mut silent, &socket);
+        control.finish();
+        load.join().expect("no panic")
+    });
+    kill(&mut living, &other);
+    let report = report.unwrap_or_else(|error| panic!("{error}"));
+    assert!(report.reconnects >= 1, "{report}");
+}
+
+#[test]
+fn without_another_one_a_silent_server_ends_the_run() {
+    let scratch = Scratch::new("bench-stuck");
+    let socket = scratch.socket("nbd");
+    let mut server = nbdkit(&socket, &["memory", "64M"]);
+    let args = BenchArgs { reconnect: 20.0, answer_timeout: 1.0, connections: 1, ..mixed(&socket, 300.0) };
+    let found = thread::scope(|scope| {
+        let load = scope.spawn(|| bench::run(&args));
+        thread::sleep(Duration::from_millis(500));
+        freeze(&server);
+        load.join().expect("no panic")
+    });
+    kill(&mut server, &socket);
+    let error = found.expect_err("a server that does not answer").to_string();
+    assert!(error.contains("a request was not answered within 1 s"), "{error}");
+}

@@ -56,9 +56,14 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 0.0)]
     pub reconnect: f64,
     /// Where the volume may be found after its server is lost, besides its own URI: another node of its cluster.
-    /// Needs --reconnect and one volume. May be given several times.
+    /// A server that owes an answer for --answer-timeout counts as lost. Needs --reconnect and one volume. May be
+    /// given several times.
     #[arg(long, value_name = "URI")]
     pub failover: Vec<NbdUri>,
+    /// A server that owes an answer for so many seconds is given up: with --failover the volume is looked for
+    /// elsewhere, without it the run fails.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
+    pub answer_timeout: f64,
     /// Write sectors that tell where they come from, check every sector that is read, read everything at the
     /// end. The volume must read as zeroes, or be the one that --state tells about.
     #[arg(long)]
@@ -109,6 +114,7 @@ impl BenchArgs {
             replies: Replies::Structured,
             reconnect: 0.0,
             failover: Vec::new(),
+            answer_timeout: 60.0,
             verify: false,
             after_loss: Loss::Kill,
             state: None,
@@ -122,6 +128,9 @@ impl BenchArgs {
         let finite = |number: f64| number.is_finite() && number >= 0.0;
         if !finite(self.rate) || !finite(self.duration) || !finite(self.reconnect) {
             return Err("--rate, --duration and --reconnect are numbers of zero and more".to_owned());
+        }
+        if !(0.1..=86_400.0).contains(&self.answer_timeout) {
+            return Err("--answer-timeout is a number of seconds from 0.1 to 86400".to_owned());
         }
         if self.write + self.trim + self.zeroes > 0 && !self.destroy_data {
             return Err(

@@ -1,7 +1,7 @@
 //! An NBD client for one thread: queue requests, send what the socket takes, take the answers that are there.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -64,10 +64,10 @@ enum Socket {
 }
 
 impl Socket {
-    fn connect(server: &Server) -> io::Result<Socket> {
+    fn connect(server: &Server, patience: Duration) -> io::Result<Socket> {
         Ok(match server {
             Server::Tcp(address) => {
-                let stream = TcpStream::connect(address)?;
+                let stream = connect_tcp(address, patience)?;
                 stream.set_nodelay(true)?;
                 Socket::Tcp(stream)
             }
@@ -106,6 +106,18 @@ impl Socket {
             Socket::Unix(stream) => stream.write_all(bytes),
         }
     }
+}
+
+/// The kernel tries for minutes to reach a machine that does not answer at all.
+fn connect_tcp(address: &str, patience: Duration) -> io::Result<TcpStream> {
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, patience) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
 }
 
 /// What a request asks for.
@@ -171,15 +183,18 @@ pub(super) struct Client<T> {
 }
 
 impl<T> Client<T> {
-    /// Connects and negotiates. `wish` is the best header style to ask for; a server may know only lesser ones.
+    /// Connects and negotiates. `wish` is the best header style to ask for; a server may know only lesser ones. One that
+    /// says nothing for as long as `patience` is given up.
     pub(super) fn connect(
         uri: &NbdUri,
         wish: HeaderStyle,
         depth: usize,
         keep_data: bool,
+        patience: Duration,
     ) -> Result<Client<T>, ClientError> {
-        let mut socket = Socket::connect(&uri.server)?;
-        socket.set_timeout(HANDSHAKE_TIMEOUT)?;
+        let patience = patience.min(HANDSHAKE_TIMEOUT);
+        let mut socket = Socket::connect(&uri.server, patience)?;
+        socket.set_timeout(patience)?;
         let agreed = negotiate(&mut socket, &uri.export, wish)?;
         socket.set_timeout(RECEIVE_PAUSE)?;
         Ok(Client {

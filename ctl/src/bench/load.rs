@@ -14,9 +14,6 @@ use super::verify::{Change, FlushMark, Outcome, ReadMark, SECTOR_BYTES, Trim, fi
 use super::volume::Volume;
 use super::{BenchError, Control, Plan};
 
-/// A server that owes an answer for so long is given up.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// What the verifier wants back with the answer.
 #[derive(Clone, Copy, Debug)]
 enum Proof {
@@ -79,6 +76,7 @@ impl Worker<'_> {
                     self.volume.wish,
                     self.plan.depth,
                     self.args.verify,
+                    self.volume.patience,
                 ) {
                     Ok(new) => {
                         client = Some(new);
@@ -129,8 +127,8 @@ impl Worker<'_> {
             if self.volume.is_broken() || self.stop.load(Ordering::Relaxed) {
                 return Err(Ended::Lost(lost("another connection to the volume was lost")));
             }
-            if now.duration_since(last_answer) > ANSWER_TIMEOUT {
-                return Err(Ended::Failed(BenchError::NoAnswer { uri: self.volume.uri().to_string() }));
+            if now.duration_since(last_answer) > self.volume.patience {
+                return Err(Ended::from(self.volume.overdue()));
             }
             let all_sent = client.send_some()?;
             // A closed loop with everything sent has nothing to do but to receive.
@@ -297,6 +295,15 @@ enum Ended {
 impl From<ClientError> for Ended {
     fn from(why: ClientError) -> Ended {
         Ended::Lost(why)
+    }
+}
+
+impl From<BenchError> for Ended {
+    fn from(error: BenchError) -> Ended {
+        match error {
+            BenchError::Client { why, .. } => Ended::Lost(why),
+            other => Ended::Failed(other),
+        }
     }
 }
 

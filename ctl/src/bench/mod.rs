@@ -58,10 +58,12 @@ pub enum BenchError {
         why: ClientError,
     },
     /// The server owes an answer for too long.
-    #[error("{uri}: a request was not answered within a minute")]
+    #[error("{uri}: a request was not answered within {seconds} s")]
     NoAnswer {
         /// The volume.
         uri: String,
+        /// How long the run waits.
+        seconds: f64,
     },
     /// A read failed while verifying: the data is not there.
     #[error("{uri}: reading at byte {offset_bytes} failed with error {error}")]
@@ -176,7 +178,7 @@ pub fn run_with(args: &BenchArgs, control: &Control) -> Result<Report, BenchErro
     let mut clients = Vec::new();
     for (position, uri) in args.uris.iter().enumerate() {
         for _ in 0..args.connections {
-            clients.push(connect::<Tag>(uri, wish, plan.depth, args.verify)?);
+            clients.push(connect::<Tag>(args, uri, wish, plan.depth)?);
         }
         let newest = clients.last().expect("at least one connection");
         check_export(args, uri, newest)?;
@@ -184,11 +186,9 @@ pub fn run_with(args: &BenchArgs, control: &Control) -> Result<Report, BenchErro
         let loaded = prepare_verifier(args, position, size_bytes)?;
         let fresh = loaded.as_ref().is_none_or(|(_, fresh)| *fresh);
         let verifier = loaded.map(|(verifier, _)| verifier);
-        let reconnect = Duration::from_secs_f64(args.reconnect);
-        let places = std::iter::once(uri).chain(&args.failover).collect();
-        let volume = Volume::new(places, wish, args.connections, reconnect, verifier);
+        let volume = Volume::new(args, uri, wish, verifier);
         if !fresh {
-            volume.read_back(connect::<ReadMark>(uri, wish, 16, true)?)?;
+            volume.read_back(connect::<ReadMark>(args, uri, wish, 16)?)?;
         }
         volumes.push((volume, size_bytes));
     }
@@ -198,8 +198,15 @@ pub fn run_with(args: &BenchArgs, control: &Control) -> Result<Report, BenchErro
     conclude(args, volumes, report)
 }
 
-fn connect<T>(uri: &NbdUri, wish: HeaderStyle, depth: usize, keep: bool) -> Result<Client<T>, BenchError> {
-    Client::connect(uri, wish, depth, keep).map_err(|why| BenchError::Client { uri: uri.to_string(), why })
+fn connect<T>(
+    args: &BenchArgs,
+    uri: &NbdUri,
+    wish: HeaderStyle,
+    depth: usize,
+) -> Result<Client<T>, BenchError> {
+    let patience = Duration::from_secs_f64(args.answer_timeout);
+    Client::connect(uri, wish, depth, args.verify, patience)
+        .map_err(|why| BenchError::Client { uri: uri.to_string(), why })
 }
 
 /// Refuses a run that this export cannot serve.
@@ -334,7 +341,7 @@ fn conclude(
     }
     let mut sectors = 0;
     for (volume, _) in volumes {
-        volume.read_back(connect::<ReadMark>(volume.uri(), volume.wish, 16, true)?)?;
+        volume.read_back(connect::<ReadMark>(args, volume.uri(), volume.wish, 16)?)?;
         let verifier = volume.into_verifier().expect("the run verifies");
         sectors += verifier.sectors_checked();
         if let Some(path) = &args.state {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use datapath::wire::nbd_transmission::HeaderStyle;
 
+use super::args::BenchArgs;
 use super::client::{Ask, Client, ClientError};
 use super::report::Kind;
 use super::uri::NbdUri;
@@ -26,6 +27,8 @@ pub(super) struct Volume<'a> {
     place: AtomicUsize,
     pub(super) wish: HeaderStyle,
     reconnect: Duration,
+    /// A server that owes an answer for longer is given up.
+    pub(super) patience: Duration,
     verifier: Option<Mutex<Verifier>>,
     /// Set as soon as one connection breaks: all others leave too, so that the loss has one moment.
     broken: AtomicBool,
@@ -47,17 +50,18 @@ struct Meeting {
 
 impl<'a> Volume<'a> {
     pub(super) fn new(
-        places: Vec<&'a NbdUri>,
+        args: &'a BenchArgs,
+        uri: &'a NbdUri,
         wish: HeaderStyle,
-        members: u32,
-        reconnect: Duration,
         verifier: Option<Verifier>,
     ) -> Volume<'a> {
+        let members = args.connections;
         Volume {
-            places,
+            places: std::iter::once(uri).chain(&args.failover).collect(),
             place: AtomicUsize::new(0),
             wish,
-            reconnect,
+            reconnect: Duration::from_secs_f64(args.reconnect),
+            patience: Duration::from_secs_f64(args.answer_timeout),
             verifier: verifier.map(Mutex::new),
             broken: AtomicBool::new(false),
             meeting: Mutex::new(Meeting { members, waiting: 0, led: false, returns: 0, given_up: false }),
@@ -81,6 +85,19 @@ impl<'a> Volume<'a> {
 
     pub(super) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)
+    }
+
+    /// The server owes an answer for longer than the run waits. If the volume may be elsewhere, that server is lost.
+    pub(super) fn overdue(&self) -> BenchError {
+        let (uri, seconds) = (self.uri().to_string(), self.patience.as_secs_f64());
+        if self.places.len() == 1 {
+            return BenchError::NoAnswer { uri, seconds };
+        }
+        let text = format!("no answer within {seconds} s");
+        BenchError::Client {
+            uri,
+            why: ClientError::Lost(std::io::Error::new(std::io::ErrorKind::TimedOut, text)),
+        }
     }
 
     /// A connection has done its part.
@@ -142,7 +159,7 @@ impl<'a> Volume<'a> {
             }
             let deadline = Instant::now() + self.reconnect;
             let client = loop {
-                match Client::connect(self.uri(), self.wish, READ_BACK_DEPTH, true) {
+                match Client::connect(self.uri(), self.wish, READ_BACK_DEPTH, true, self.patience) {
                     Ok(client) => break client,
                     Err(_) if Instant::now() < deadline => {
                         self.place.fetch_add(1, Ordering::Relaxed);
@@ -170,7 +187,11 @@ impl<'a> Volume<'a> {
         };
         let failed = |why| BenchError::Client { uri: self.uri().to_string(), why };
         let mut next = 0;
+        let mut last_answer = Instant::now();
         while next < size_bytes || client.in_flight() > 0 {
+            if last_answer.elapsed() > self.patience {
+                return Err(self.overdue());
+            }
             while next < size_bytes && client.has_room() {
                 let length = READ_BACK_BYTES.min(size_bytes - next);
                 let length_bytes = u32::try_from(length).expect("at most READ_BACK_BYTES");
@@ -185,6 +206,7 @@ impl<'a> Volume<'a> {
             }
             client.receive_some(all_sent).map_err(failed)?;
             while let Some(answer) = client.next_answer().map_err(failed)? {
+                last_answer = Instant::now();
                 if let Some(error) = answer.error {
                     return Err(self.read_failed(answer.ask.offset_bytes, error));
                 }

@@ -93,6 +93,19 @@ pub struct RepairReport {
     pub reads_without_good_copy: u64,
 }
 
+/// Bytes sent to other nodes, headers and checksums included, by what for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerBytes {
+    /// Changes for replicas that follow.
+    pub changes: u64,
+    /// Copies for a replica that is filled.
+    pub copies: u64,
+    /// Changes out of the log, for a head that asked for them.
+    pub fetched: u64,
+    /// Everything else: greetings, promises, acknowledgements, leases.
+    pub other: u64,
+}
+
 /// How a shard fares.
 #[derive(Clone, Debug, Default)]
 pub struct ShardReport {
@@ -120,6 +133,8 @@ pub struct ShardReport {
     pub inputs_parked: u64,
     /// Connections open now.
     pub connections: u32,
+    /// Sent to other nodes; nothing outside of a cluster.
+    pub peer_bytes_sent: PeerBytes,
     /// Requests being worked on now.
     pub requests_under_way: u32,
     /// Memory pages free now, and in all.

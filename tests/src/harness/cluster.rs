@@ -15,8 +15,9 @@ use super::Scratch;
 use super::client::Client;
 use super::ctl::{Ctl, PATIENCE};
 use super::metrics::Page;
-use super::server::berth;
-use super::tools::run;
+use super::network::{Network, Place};
+use super::server::{Options, Server, berth_at};
+use super::tools::{run, tool};
 
 /// A pool is preallocated at the first start.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -31,6 +32,7 @@ pub struct ClusterNode {
     pub socket: PathBuf,
     /// Its pool.
     pub pool: PathBuf,
+    place: Place,
     log: PathBuf,
     child: Option<Child>,
     metrics: Option<String>,
@@ -44,6 +46,8 @@ pub struct Cluster {
     /// The nodes n1, n2 and so on.
     pub nodes: Vec<ClusterNode>,
     pool_mib: u64,
+    /// Last, so that it goes when nobody uses it any more.
+    network: Option<Network>,
 }
 
 impl Cluster {
@@ -54,9 +58,33 @@ impl Cluster {
     #[must_use]
     pub fn start(scratch: &Scratch, nodes: usize, pool_mib: u64) -> Cluster {
         let ctl = Ctl::start(&scratch.file("records"));
+        Cluster::start_nodes(scratch, ctl, nodes, pool_mib, None)
+    }
+
+    /// The same, each on a machine of its own, and one more: `client`.
+    ///
+    /// # Panics
+    /// If the network cannot be made, or one of them does not get ready.
+    #[must_use]
+    pub fn start_apart(scratch: &Scratch, nodes: usize, pool_mib: u64) -> Cluster {
+        let names: Vec<String> = (1..=nodes).map(|number| format!("n{number}")).collect();
+        let machines: Vec<&str> = names.iter().map(String::as_str).chain(["ctl", "client"]).collect();
+        let network = Network::new(&machines);
+        let ctl = Ctl::start_on(&network.place("ctl"), &scratch.file("records"));
+        Cluster::start_nodes(scratch, ctl, nodes, pool_mib, Some(network))
+    }
+
+    fn start_nodes(
+        scratch: &Scratch,
+        ctl: Ctl,
+        nodes: usize,
+        pool_mib: u64,
+        network: Option<Network>,
+    ) -> Cluster {
         let node = |number| {
             let name = format!("n{number}");
             ClusterNode {
+                place: network.as_ref().map_or_else(Place::here, |network| network.place(&name)),
                 socket: scratch.socket(&name),
                 pool: scratch.file(&format!("{name}.pool")),
                 log: scratch.file(&format!("{name}.log")),
@@ -65,7 +93,8 @@ impl Cluster {
                 metrics: None,
             }
         };
-        let mut cluster = Cluster { ctl, nodes: (1..=nodes).map(node).collect(), pool_mib };
+        let nodes_made = (1..=nodes).map(node).collect();
+        let mut cluster = Cluster { ctl, nodes: nodes_made, pool_mib, network };
         (0..nodes).for_each(|index| cluster.start_node(index));
         cluster
     }
@@ -77,14 +106,20 @@ impl Cluster {
     pub fn start_node(&mut self, index: usize) {
         let node = &mut self.nodes[index];
         assert!(node.child.is_none(), "{} runs", node.name);
-        let mut command = berth(&["node", "--peer", "127.0.0.1:0"]);
+        let address = node.place.address();
+        let mut command = berth_at(&node.place, &["node", &format!("--metrics={address}:0")]);
+        if node.place.is_apart() {
+            command.arg(format!("--peer={address}:7441")).arg("--insecure");
+            command.arg(format!("--nbd={address}:10809"));
+        } else {
+            command.arg(format!("--peer={address}:0"));
+        }
         command
             .arg(format!("--name={}", node.name))
             .arg(format!("--pool={}", node.pool.display()))
             .arg(format!("--pool-size={}M", self.pool_mib))
             .arg(format!("--ctl={}", self.ctl.url()))
-            .arg(format!("--nbd=unix:{}", node.socket.display()))
-            .arg("--metrics=127.0.0.1:0");
+            .arg(format!("--nbd=unix:{}", node.socket.display()));
         let log = File::options().create(true).append(true).open(&node.log).expect("a log");
         let mut child = command
             .stdin(Stdio::null())
@@ -99,17 +134,36 @@ impl Cluster {
                 let _ = tell.send(line);
             }
         });
+        // Kept before it is ready: a test that fails here ends it, too.
+        node.child = Some(child);
         loop {
             let line = told.recv_timeout(READY_TIMEOUT);
-            let Ok(line) = line else { panic!("{}: {line:?}; see {}", node.name, node.log.display()) };
-            if let Some(url) = line.strip_prefix("metrics ") {
-                node.metrics = Some(url.to_owned());
-            } else {
-                assert!(line.starts_with("ready node"), "{}: {line}; see {}", node.name, node.log.display());
-                break;
+            match line.as_ref().ok().and_then(|line| line.split_once(' ')) {
+                Some(("metrics", url)) => node.metrics = Some(url.to_owned()),
+                Some(("ready", _)) => return,
+                _ => panic!("{}: {line:?}; see {}", node.name, node.log.display()),
             }
         }
-        node.child = Some(child);
+    }
+
+    /// What a node that runs tells of itself.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[must_use]
+    pub fn metrics(&self, index: usize) -> Page {
+        let node = &self.nodes[index];
+        let url = node.metrics.as_deref().expect("a node that was started");
+        node.place.visit(|| Page::fetch(url))
+    }
+
+    /// The network of [`Cluster::start_apart`].
+    ///
+    /// # Panics
+    /// If the nodes are not apart.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        self.network.as_ref().expect("a cluster that was started apart")
     }
 
     /// What a running node counts under this name.
@@ -118,7 +172,7 @@ impl Cluster {
     /// If it does not say.
     #[must_use]
     pub fn metric(&self, index: usize, name: &str) -> f64 {
-        Page::fetch(self.nodes[index].metrics.as_ref().expect("said at its start")).sum(name, "")
+        self.metrics(index).sum(name, "")
     }
 
     /// Kill -9.
@@ -170,6 +224,41 @@ impl Cluster {
         format!("nbd+unix:///{volume}?socket={}", self.nodes[index].socket.display())
     }
 
+    /// The URI of a volume on a node, for those that have no part in its disk: over TCP.
+    #[must_use]
+    pub fn tcp_uri(&self, index: usize, volume: &str) -> String {
+        format!("nbd://{}/{volume}", self.nodes[index].place.address())
+    }
+
+    /// Waits until all replicas of the volume are in sync, kills all nodes, which must run, and checks that every replica has
+    /// the same bytes. Nothing may be on its way to it.
+    ///
+    /// # Panics
+    /// If they differ.
+    pub fn compare_replicas(&mut self, scratch: &Scratch, volume: &str, size_mib: u64) {
+        self.wait_for_sync(volume, self.nodes.len());
+        (0..self.nodes.len()).for_each(|index| self.kill_node(index));
+        let sum = |node: &ClusterNode| {
+            let options = Options {
+                pool: node.pool.clone(),
+                pool_mib: self.pool_mib,
+                volumes: vec![(volume.to_owned(), size_mib)],
+                socket: scratch.socket(&format!("{}-replica", node.name)),
+                threads: 1,
+                more: vec!["--read-only".to_owned()],
+            };
+            let server = Server::start(&options);
+            let script = format!("set -o pipefail; nbdcopy '{}' - | sha256sum", server.uri());
+            // For the message that names the package.
+            let _ = tool("nbdcopy");
+            let sum = run(tool("bash").args(["-c", &script]));
+            server.stop();
+            sum
+        };
+        let sums: Vec<String> = self.nodes.iter().map(sum).collect();
+        assert!(sums.windows(2).all(|two| two[0] == two[1]), "the replicas of {volume} differ: {sums:?}");
+    }
+
     /// What ctl says of a volume, as JSON.
     ///
     /// # Panics
@@ -180,18 +269,38 @@ impl Cluster {
         serde_json::from_str(&text).expect("JSON")
     }
 
+    /// Waits until so many replicas of a volume are in sync; says how long that took.
+    pub fn wait_for_sync(&self, volume: &str, replicas: usize) -> Duration {
+        let start = Instant::now();
+        self.wait_for_volume(volume, |volume| volume["in_sync"].as_array().map(Vec::len) == Some(replicas));
+        start.elapsed()
+    }
+
     /// Waits until a volume's record is as wanted.
     ///
     /// # Panics
     /// If it does not come to that.
     pub fn wait_for_volume(&self, name: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
+        self.wait_for_volume_within(name, PATIENCE, wanted);
+    }
+
+    /// The same, for as long as `patience`.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn wait_for_volume_within(
+        &self,
+        name: &str,
+        patience: Duration,
+        wanted: impl Fn(&serde_json::Value) -> bool,
+    ) {
         let start = Instant::now();
         loop {
             let volume = self.volume(name);
             if wanted(&volume) {
                 return;
             }
-            assert!(start.elapsed() < PATIENCE, "the record stays {volume}");
+            assert!(start.elapsed() < patience, "the record stays {volume}");
             thread::park_timeout(Duration::from_millis(20));
         }
     }

@@ -15,7 +15,8 @@ use datapath::record::{NodeId, Record, VolumeNumber};
 use nbd_server::control::link::{ControlLink, LinkSettings, News};
 use nbd_server::random::random_number;
 
-use super::server::berth;
+use super::network::Place;
+use super::server::berth_at;
 
 /// What has not happened by then never will.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,6 +25,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Ctl {
     child: Child,
+    place: Place,
     store: PathBuf,
     listen: String,
 }
@@ -38,11 +40,23 @@ impl Ctl {
         // A restart must listen where the nodes look: the port is chosen here. Another process may take it meanwhile,
         // which would fail the test and prove nothing wrong.
         let free = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
-        Ctl::start_at(store, &free.to_string())
+        Ctl::start_at(&Place::here(), store, &free.to_string())
     }
 
-    fn start_at(store: &Path, listen: &str) -> Ctl {
-        let mut command = berth(&["ctl", "--listen", listen]);
+    /// Starts it on this store, on a machine of its own.
+    ///
+    /// # Panics
+    /// If it does not get ready.
+    #[must_use]
+    pub fn start_on(place: &Place, store: &Path) -> Ctl {
+        Ctl::start_at(place, store, &format!("{}:7440", place.address()))
+    }
+
+    fn start_at(place: &Place, store: &Path, listen: &str) -> Ctl {
+        let mut command = berth_at(place, &["ctl", "--listen", listen]);
+        if place.is_apart() {
+            command.arg("--insecure");
+        }
         command.arg(format!("--store=redb:{}", store.display()));
         let mut child = command
             .stdin(Stdio::null())
@@ -53,7 +67,7 @@ impl Ctl {
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("text");
         let url = line.trim().strip_prefix("ready http://");
         assert_eq!(url, Some(listen), "berth ctl says {line:?}");
-        Ctl { child, store: store.to_owned(), listen: listen.to_owned() }
+        Ctl { child, place: place.clone(), store: store.to_owned(), listen: listen.to_owned() }
     }
 
     /// Where it is.
@@ -65,7 +79,7 @@ impl Ctl {
     /// A command of the binary that talks to it.
     #[must_use]
     pub fn command(&self, words: &str) -> Command {
-        let mut command = berth(&words.split(' ').collect::<Vec<_>>());
+        let mut command = berth_at(&self.place, &words.split(' ').collect::<Vec<_>>());
         command.arg(format!("--ctl={}", self.url()));
         command
     }
@@ -83,7 +97,7 @@ impl Ctl {
 
     /// Starts it again in the same place.
     pub fn restart(&mut self) {
-        *self = Ctl::start_at(&self.store, &self.listen);
+        *self = Ctl::start_at(&self.place, &self.store, &self.listen);
     }
 
     /// SIGTERM. Returns how long it took to end.

@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod ctl;
 pub mod metrics;
 pub mod mounted;
+pub mod network;
 pub mod postgres;
 pub mod server;
 pub mod tools;

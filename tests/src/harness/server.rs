@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::network::Place;
 use super::tools::dying_with_us;
 use super::{Scratch, target_folder};
 
@@ -50,7 +51,16 @@ impl Options {
 /// A command of the binary under test.
 #[must_use]
 pub fn berth(arguments: &[&str]) -> Command {
-    let mut command = dying_with_us(binary().to_str().expect("a path in UTF-8"));
+    berth_at(&Place::here(), arguments)
+}
+
+/// The same on a machine of a network.
+///
+/// # Panics
+/// If the binary's path is not UTF-8.
+#[must_use]
+pub fn berth_at(place: &Place, arguments: &[&str]) -> Command {
+    let mut command = place.command(binary().to_str().expect("a path in UTF-8"));
     command.args(arguments);
     command
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 /// Debian packages of the programs that the tests use.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 16] = [
     ("fio", "fio"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
@@ -19,6 +19,8 @@ const PACKAGES: [(&str, &str); 14] = [
     ("e2fsck", "e2fsprogs"),
     ("mount", "mount"),
     ("umount", "mount"),
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
 ];
 
 /// No program of a test may take longer, in seconds.

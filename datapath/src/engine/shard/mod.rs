@@ -570,6 +570,7 @@ impl<M: Memory> Engine for Shard<M> {
             parked_bytes: self.parked_bytes,
             inputs_parked: self.inputs_parked,
             connections: count(self.connections.iter().flatten().count()),
+            peer_bytes_sent: self.replication.bytes_sent(),
             requests_under_way: count(self.tasks.len()),
             pages_free: self.pages.free_count(),
             pages: self.pages.count(),

@@ -118,6 +118,8 @@ impl Head {
         if let Some(peer) = lead.peers.get_mut(member).filter(|_| lead.epoch == epoch) {
             peer.leased_until = peer.leased_until.max(asked.after_ns(LEASE_NS - LEASE_DRIFT_NS));
             self.advance_fill(now);
+            // It may be the answer that was awaited before another one is removed.
+            self.remove_failed(now);
         }
     }
 
@@ -214,7 +216,8 @@ impl Head {
 
     fn ask_for_leases(&mut self, now: Moment) {
         let Role::Lead(lead) = &mut self.role else { return };
-        if lead.stage != Stage::Serving || lead.ask_leases_at > now {
+        let suspected = lead.ask_around_at(&self.record.in_sync).is_some_and(|at| at <= now);
+        if lead.stage != Stage::Serving || lead.ask_leases_at > now && !suspected {
             return;
         }
         lead.ask_leases_at = now.after_ns(LEASE_EVERY_NS);
@@ -226,15 +229,9 @@ impl Head {
     /// Asks for the removal of one member that has failed, if enough others remain. Nothing is acknowledged without it
     /// before the record says so.
     fn remove_failed(&mut self, now: Moment) {
+        let failed = self.removals().find(|(_, at)| *at <= now);
+        let Some((failed, _)) = failed else { return };
         let Role::Lead(lead) = &mut self.role else { return };
-        let serving = matches!(lead.stage, Stage::Serving | Stage::Waiting { .. });
-        let left = self.record.in_sync.len().saturating_sub(1);
-        if !serving || lead.open.is_some() || left < self.record.min_in_sync.max(1) as usize {
-            return;
-        }
-        let failed =
-            self.record.in_sync.iter().find(|node| lead.failed_at(**node).is_some_and(|at| at <= now));
-        let Some(failed) = failed.copied() else { return };
         if failed == self.node {
             // Reads come from the own replica: without it another node leads better.
             return self.resign();
@@ -247,6 +244,29 @@ impl Head {
         wanted.stale.sort_by_key(|replica| replica.node);
         lead.open = Some((wanted.clone(), now.after_ns(PROPOSE_AGAIN_NS)));
         self.effects.push_back(HeadEffect::Propose(wanted));
+    }
+
+    /// The members that may be removed, each from some moment on.
+    fn removals(&self) -> impl Iterator<Item = (NodeId, Moment)> {
+        let may = |lead: &&Lead| {
+            lead.open.is_none() && matches!(lead.stage, Stage::Serving | Stage::Waiting { .. })
+        };
+        self.lead().filter(may).into_iter().flat_map(move |lead| {
+            let failing = self.record.in_sync.iter().filter(|node| self.leaves_enough(lead, **node));
+            failing.filter_map(|node| Some((*node, lead.failed_at(*node)?)))
+        })
+    }
+
+    /// Would enough remain without this member? Those count that answer. A head that hears nobody must not remove anybody:
+    /// the others may hear it all, and what is left in the record would be this node and one more.
+    fn leaves_enough(&self, lead: &Lead, member: NodeId) -> bool {
+        let others = self.record.in_sync.iter().filter(|node| **node != member);
+        let answering = others.filter(|node| match lead.stage {
+            Stage::Serving => lead.has_answered_since_suspicion(**node, member),
+            // Leases are not asked for yet.
+            _ => true,
+        });
+        answering.count() >= self.record.min_in_sync.max(1) as usize
     }
 
     /// When to call [`Self::handle_timeout`].
@@ -262,32 +282,143 @@ impl Head {
             Stage::Gathering { until } | Stage::Waiting { until } | Stage::Bringing { until, .. } => {
                 Some(until)
             }
-            Stage::Serving => Some(lead.ask_leases_at),
+            Stage::Serving => {
+                let suspected = lead.ask_around_at(&self.record.in_sync);
+                Some(suspected.map_or(lead.ask_leases_at, |at| at.min(lead.ask_leases_at)))
+            }
             Stage::Starting => None,
         };
-        let may_remove = lead.open.is_none()
-            && matches!(lead.stage, Stage::Serving | Stage::Waiting { .. })
-            && self.record.in_sync.len() > self.record.min_in_sync.max(1) as usize;
-        let removal = if may_remove {
-            self.record.in_sync.iter().filter_map(|node| lead.failed_at(*node)).min()
-        } else {
-            None
-        };
+        let removal = self.removals().map(|(_, at)| at).min();
         let ask = lead.peers.iter().filter_map(super::Peer::is_to_be_asked_at).min();
         again.into_iter().chain(stage).chain(removal).chain(ask).chain(self.poll_fill_timeout()).min()
     }
 }
 
 impl Lead {
-    /// When a member counts as failed if nothing more is heard of it; never while it owes nothing.
-    fn failed_at(&self, node: NodeId) -> Option<crate::units::Moment> {
+    /// Since when a member owes an answer, if it does.
+    fn silent_since(&self, node: NodeId) -> Option<Moment> {
         let Some(peer) = self.peers.get(node) else { return Some(Moment::default()) };
         let owes = peer.acked < self.last.sequence;
-        let since = match peer.phase {
-            Phase::Following if owes => peer.acked_at,
-            Phase::Following => return None,
-            Phase::Away | Phase::Asked => peer.since,
-        };
-        Some(since.after_ns(MEMBER_PATIENCE_NS))
+        match peer.phase {
+            Phase::Following if owes => Some(peer.acked_at),
+            Phase::Following => None,
+            Phase::Away | Phase::Asked => Some(peer.since),
+        }
+    }
+
+    /// When a member counts as failed if nothing more is heard of it; never while it owes nothing.
+    fn failed_at(&self, node: NodeId) -> Option<Moment> {
+        Some(self.silent_since(node)?.after_ns(MEMBER_PATIENCE_NS))
+    }
+
+    /// Half way there the head asks all others for a sign of life: the leave to read that they are asked for anyway.
+    fn suspected_at(&self, node: NodeId) -> Option<Moment> {
+        Some(self.silent_since(node)?.after_ns(MEMBER_PATIENCE_NS / 2))
+    }
+
+    /// When to ask because of a suspicion that is newer than what was asked last.
+    fn ask_around_at(&self, nodes: &[NodeId]) -> Option<Moment> {
+        let suspected = nodes.iter().filter_map(|node| self.suspected_at(*node));
+        suspected.filter(|at| at.after_ns(LEASE_EVERY_NS) > self.ask_leases_at).min()
+    }
+
+    /// Has `node` answered what it was asked when `member` was suspected, or later?
+    fn has_answered_since_suspicion(&self, node: NodeId, member: NodeId) -> bool {
+        let Some(suspected) = self.suspected_at(member) else { return true };
+        let leased = suspected.after_ns(LEASE_NS - LEASE_DRIFT_NS);
+        self.peers.get(node).is_some_and(|peer| peer.leased_until >= leased)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Record, VolumeNumber};
+
+    const START: Moment = Moment(1 << 40);
+    const NODES: [NodeId; 3] = [NodeId(0), NodeId(1), NodeId(2)];
+
+    fn proposal(head: &mut Head) -> Option<Box<Record>> {
+        let mut found = None;
+        while let Some(effect) = head.poll_effect() {
+            if let HeadEffect::Propose(record) = effect {
+                found = Some(record);
+            }
+        }
+        found
+    }
+
+    /// Node 0 leads all three, of which two must be in sync.
+    fn serving() -> Head {
+        let mut record = Record::new(VolumeNumber(1), "v", [1; 16], 1000, &NODES);
+        record.min_in_sync = 2;
+        let mut head = Head::new(NODES[0], record);
+        head.take(START, 1);
+        let opened = proposal(&mut head).expect("asks for an epoch");
+        head.handle_record(START, &opened, |_| true);
+        for node in NODES {
+            head.promised(START, node, opened.epoch, Stamp::default(), 0);
+        }
+        let started = proposal(&mut head).expect("asks for its start");
+        head.handle_record(START, &started, |_| true);
+        head.handle_timeout(START);
+        assert!(head.is_serving(), "{}", head.describe());
+        head
+    }
+
+    /// Lets time pass until the head asks for a removal, at most until `end`. Only these nodes answer.
+    fn removal(
+        head: &mut Head,
+        now: &mut Moment,
+        end: Moment,
+        answering: &[NodeId],
+    ) -> Option<(Moment, Box<Record>)> {
+        for _ in 0..1000 {
+            while let Some(effect) = head.poll_effect() {
+                match effect {
+                    HeadEffect::Lease { member, epoch } if answering.contains(&member) => {
+                        head.leased(*now, member, epoch, *now);
+                    }
+                    HeadEffect::Change { member, epoch, change } if answering.contains(&member) => {
+                        head.acked(*now, member, epoch, change.stamp.sequence);
+                    }
+                    HeadEffect::Propose(record) => return Some((*now, record)),
+                    _ => {}
+                }
+            }
+            let next = head.poll_timeout().expect("a head that serves asks for leases").max(*now);
+            if next > end {
+                *now = end;
+                return None;
+            }
+            *now = next;
+            head.handle_timeout(next);
+        }
+        panic!("it does nothing but look at the clock: {}", head.describe());
+    }
+
+    #[test]
+    fn a_silent_member_is_removed_after_its_time() {
+        let (mut head, mut now) = (serving(), START);
+        head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
+        let (at, record) = removal(&mut head, &mut now, end, &NODES[..2]).expect("it is removed");
+        assert_eq!((at, &record.in_sync[..]), (START.after_ns(MEMBER_PATIENCE_NS), &NODES[..2]));
+    }
+
+    /// What it proposes may reach the record store although no answer reaches it: then a member that nothing is wrong with
+    /// would be out of the record, and with this node away there would be too few to go on.
+    #[test]
+    fn a_head_that_hears_nobody_removes_nobody() {
+        let (mut head, mut now) = (serving(), START);
+        // The second owed nothing when the silence began.
+        head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        head.acked(now, NODES[1], head.lead().expect("it leads").epoch, 1);
+        let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
+        assert_eq!(removal(&mut head, &mut now, end, &NODES[..1]), None);
+        // The third stays away when the second is heard again.
+        let again = end.after_ns(2 * MEMBER_PATIENCE_NS);
+        let (_, record) = removal(&mut head, &mut now, again, &NODES[..2]).expect("it is removed");
+        assert_eq!(record.in_sync, NODES[..2]);
     }
 }

@@ -162,9 +162,27 @@ impl<M: Memory> Shard<M> {
 
     /// Sends a message without payload, if the link is there.
     pub(super) fn send_on_link(&mut self, id: ConnectionId, volume: VolumeNumber, message: PeerMessage) {
-        let Some(link) = self.living_link(id) else { return };
-        link.output.append(|out| PeerFrame { volume, message }.encode(&[], out));
-        self.to_send.push(id);
+        if self.living_link(id).is_some() {
+            self.append_frame(id, PeerFrame { volume, message }, &[], 0);
+            self.to_send.push(id);
+        }
+    }
+
+    /// Puts a frame before its payload, and counts both.
+    fn append_frame(&mut self, id: ConnectionId, frame: PeerFrame, checksums: &[u32], payload_bytes: u32) {
+        let frame_bytes = self.link(id).output.append(|out| {
+            let before = out.len();
+            frame.encode(checksums, out);
+            out.len() - before
+        });
+        let sent = &mut self.replication.bytes_sent;
+        let count = match frame.message {
+            PeerMessage::Change { .. } => &mut sent.changes,
+            PeerMessage::Copy { .. } => &mut sent.copies,
+            PeerMessage::Fetched { .. } => &mut sent.fetched,
+            _ => &mut sent.other,
+        };
+        *count += frame_bytes as u64 + u64::from(payload_bytes);
     }
 
     /// Sends a message with a payload, whose first page is for something else. It is in use until it was sent.
@@ -192,9 +210,8 @@ impl<M: Memory> Shard<M> {
             return;
         }
         self.use_memory(memory);
-        let link = self.link(id);
-        link.output.append(|out| frame.encode(checksums, out));
-        link.output.append_data(blocks, Some(memory));
+        self.append_frame(id, frame, checksums, blocks.len);
+        self.link(id).output.append_data(blocks, Some(memory));
         self.to_send.push(id);
     }
 

@@ -22,7 +22,7 @@ mod reads;
 use super::{Served, Shard};
 use crate::engine::ports::ConnectionId;
 use crate::engine::region_locks::RegionLocks;
-use crate::engine::report::RepairReport;
+use crate::engine::report::{PeerBytes, RepairReport};
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
@@ -155,6 +155,8 @@ pub(super) struct Replication {
     pub(super) repairs: RepairReport,
     /// For simulations; 0 for never.
     feigns_damage_in: u32,
+    /// Sent on links.
+    bytes_sent: PeerBytes,
 }
 
 impl Replication {
@@ -176,8 +178,13 @@ impl Replication {
             copies_failed: 0,
             repairs: RepairReport::default(),
             feigns_damage_in: 0,
+            bytes_sent: PeerBytes::default(),
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
+    }
+
+    pub(super) fn bytes_sent(&self) -> PeerBytes {
+        self.bytes_sent
     }
 
     /// Pages that requests of clients leave to other nodes.
