@@ -125,7 +125,11 @@ impl Lane {
 
     fn segments_to_walk(&self, volume: u32, extent: Extent) -> Vec<(SegmentIndex, End)> {
         let mut segments: Vec<SegmentIndex> = match extent {
-            Extent::All => self.segments.indices().collect(),
+            // A stream that was never written to stands in an anchor, which no lane owns.
+            Extent::All => {
+                let owned = |segment: &SegmentIndex| self.segments.state(*segment) != SegmentState::Foreign;
+                self.segments.indices().filter(owned).collect()
+            }
             Extent::Kept => {
                 self.volumes[volume as usize].record.kept.iter().map(|kept| kept.segment).collect()
             }

@@ -1,5 +1,6 @@
 //! A lane alone with a disk: what the simulator does not ask of it, because only replicas will.
 
+mod changed;
 mod disk;
 mod fetch;
 mod fill;
