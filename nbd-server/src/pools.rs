@@ -65,6 +65,20 @@ pub enum PoolsError {
         #[source]
         source: std::io::Error,
     },
+    /// A replica of a cluster's volume would be changed behind its head's back.
+    #[error(
+        "volume {name} is a replica of a cluster's volume: start the pool's node, or serve it with --read-only and the size it has"
+    )]
+    Replica {
+        /// Its name.
+        name: String,
+    },
+    /// A replica is half filled: what it holds is no state that the volume ever had.
+    #[error("volume {name} is a replica that is half filled: only its node can make it whole")]
+    HalfFilled {
+        /// Its name.
+        name: String,
+    },
     /// A volume would shrink.
     #[error("volume {name} has {has} bytes and cannot shrink to {wanted}; give its size or more")]
     Shrink {
@@ -195,6 +209,9 @@ pub fn build_shard(
     settings: &LaneSettings,
     node: Option<NodeConfig>,
 ) -> Result<Shard<Arena>, PoolsError> {
+    if node.is_none() {
+        refuse_replicas(&pools, settings.read_only)?;
+    }
     let wishes = place_volumes(&mut pools, volumes)?;
     let lane_pages: u32 = pools.iter().map(|pool| Lane::pages_needed(&pool.layout) * pool.layout.lanes).sum();
     let engine_bytes = REQUEST_MEMORY_BYTES + lane_pages * BLOCK_BYTES;
@@ -228,6 +245,21 @@ pub fn build_shard(
     Ok(Shard::new(arena, pages, shard_pools, settings.read_only, node))
 }
 
+/// What a head numbers must not be numbered by somebody else: the replicas would differ, and nobody would know.
+fn refuse_replicas(pools: &[RecoveredPool], read_only: bool) -> Result<(), PoolsError> {
+    let lanes = pools.iter().flat_map(|pool| &pool.lanes);
+    for record in lanes.flat_map(|lane| &lane.volumes).filter(|record| record.replicated) {
+        let name = record.name.clone();
+        if record.filling {
+            return Err(PoolsError::HalfFilled { name });
+        }
+        if !read_only {
+            return Err(PoolsError::Replica { name });
+        }
+    }
+    Ok(())
+}
+
 /// For each lane of each pool: the volumes to make or grow there.
 fn place_volumes(
     pools: &mut [RecoveredPool],
@@ -259,6 +291,9 @@ fn place_volumes(
             if size_blocks < record.size_blocks {
                 let has = record.size_blocks * BLOCK_BYTES_U64;
                 return Err(PoolsError::Shrink { name: volume.name.clone(), has, wanted: bytes });
+            }
+            if record.replicated && size_blocks != record.size_blocks {
+                return Err(PoolsError::Replica { name: record.name.clone() });
             }
             wishes[lane].push(VolumeRecord { size_blocks, ..record.clone() });
             continue;

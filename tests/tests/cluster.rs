@@ -11,6 +11,7 @@ use berth::bench::{self, BenchArgs, BlockRange, Control};
 use datapath::record::{NodeId, VolumeNumber};
 use datapath::wire::peer_message::{Hello, PeerFrame, PeerMessage};
 use system_tests::harness::cluster::{Cluster, Probe};
+use system_tests::harness::server::berth;
 use system_tests::harness::tools::{run, run_to_fail};
 use system_tests::harness::{Scratch, full_tier, print_figure};
 
@@ -76,6 +77,24 @@ fn writes_go_on_when_a_member_is_killed() {
     assert!(run_to_fail(&mut cluster.ctl.command("status")).contains("DEGRADED: v"));
     assert!(pause <= MEMBER_PAUSE_MAX, "writes waited for {pause:?}");
     print_figure(&format!("writes waited for {pause:?}; {requests} requests verified"));
+}
+
+/// Whoever wrote to it alone would make it differ from the others, and nobody would know.
+#[test]
+fn a_replica_is_not_served_behind_its_heads_back() {
+    let scratch = Scratch::new("behind");
+    let mut cluster = Cluster::start(&scratch, 1, 256);
+    cluster.make_volume("v", 16);
+    Probe::new(&cluster.nodes[0], "v").write();
+    cluster.kill_node(0);
+    let pool = format!("--pool={}", cluster.nodes[0].pool.display());
+    let socket = format!("--nbd=unix:{}", scratch.socket("behind").display());
+    let said = run_to_fail(&mut berth(&["serve", &pool, "--volume=v=16M", &socket]));
+    assert!(said.contains("volume v is a replica of a cluster's volume: start the pool's node"), "{said}");
+    let said = run_to_fail(&mut berth(&["serve", &pool, "--volume=v=32M", &socket, "--read-only"]));
+    assert!(said.contains("with --read-only and the size it has"), "{said}");
+    cluster.start_node(0);
+    Probe::new(&cluster.nodes[0], "v").write();
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub(super) enum Phase {
 pub(super) struct Peer {
     pub(super) node: NodeId,
     pub(super) phase: Phase,
-    /// Since when it is in that phase.
+    /// Unless it follows: since when nothing of use was heard of it.
     pub(super) since: Moment,
     /// When it was last asked for its promise.
     pub(super) asked_at: Moment,
@@ -105,6 +105,18 @@ impl Peer {
     /// When to ask it once more for its promise, if that is awaited.
     pub(super) fn is_to_be_asked_at(&self) -> Option<Moment> {
         (self.phase == Phase::Asked).then(|| self.asked_at.after_ns(PROMISE_AGAIN_NS))
+    }
+
+    /// Its connection is gone, or new. Neither is an answer: a member that fell silent, and whose connection was given up
+    /// for that, has been silent since before.
+    pub(super) fn reconnect(&mut self, phase: Phase, now: Moment, last: u64) {
+        let since = match self.phase {
+            Phase::Following if self.acked < last => self.acked_at,
+            Phase::Following => now,
+            Phase::Away | Phase::Asked => self.since,
+        };
+        self.enter(phase, now);
+        self.since = since;
     }
 
     pub(super) fn enter(&mut self, phase: Phase, now: Moment) {

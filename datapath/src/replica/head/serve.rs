@@ -45,7 +45,7 @@ impl Head {
         self.note_reachable(now, member, true);
         let Role::Lead(lead) = &mut self.role else { return };
         let Some(peer) = lead.peers.get_mut(member) else { return };
-        peer.enter(Phase::Asked, now);
+        peer.reconnect(Phase::Asked, now, lead.last.sequence);
         // Whatever was sent before may never have arrived.
         peer.sent = 0;
         self.effects.push_back(HeadEffect::Promise { member, epoch: lead.epoch });
@@ -56,7 +56,7 @@ impl Head {
         self.note_reachable(now, member, false);
         let Role::Lead(lead) = &mut self.role else { return };
         let Some(peer) = lead.peers.get_mut(member) else { return };
-        peer.enter(Phase::Away, now);
+        peer.reconnect(Phase::Away, now, lead.last.sequence);
         if matches!(lead.stage, Stage::Bringing { .. }) {
             self.lost_while_bringing(now, member);
         }
@@ -401,6 +401,20 @@ mod tests {
     fn a_silent_member_is_removed_after_its_time() {
         let (mut head, mut now) = (serving(), START);
         head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
+        let (at, record) = removal(&mut head, &mut now, end, &NODES[..2]).expect("it is removed");
+        assert_eq!((at, &record.in_sync[..]), (START.after_ns(MEMBER_PATIENCE_NS), &NODES[..2]));
+    }
+
+    /// The driver gives up a connection on which nothing arrives. That, and calling anew, is no sign of life.
+    #[test]
+    fn a_member_whose_connection_was_given_up_for_silence_gets_no_more_time_for_it() {
+        let (mut head, mut now) = (serving(), START);
+        head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        let end = START.after_ns(MEMBER_PATIENCE_NS - 2);
+        assert_eq!(removal(&mut head, &mut now, end, &NODES[..2]), None);
+        head.member_down(now, NODES[2]);
+        head.member_up(now.after_ns(1), NODES[2]);
         let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
         let (at, record) = removal(&mut head, &mut now, end, &NODES[..2]).expect("it is removed");
         assert_eq!((at, &record.in_sync[..]), (START.after_ns(MEMBER_PATIENCE_NS), &NODES[..2]));
