@@ -56,8 +56,8 @@ pub(crate) struct RunArguments {
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
 
-    /// Processors to use, like 0,2-3 [default: those that the process may use].
-    #[arg(long, value_name = "LIST")]
+    /// The processor to use; a node runs one thread [default: the first that the process may use].
+    #[arg(long, value_name = "NUMBER")]
     cpus: Option<CpuList>,
 
     /// Memory for the map from blocks to places [default: as much as it needs].

@@ -196,8 +196,8 @@ impl Page {
 
     fn lanes(&self) -> impl Iterator<Item = ([Label; 2], &LaneReport)> {
         self.shards().flat_map(|(shard, snapshot)| {
-            let lanes = snapshot.report.lanes.iter().enumerate();
-            lanes.map(move |(lane, report)| ([shard.clone(), ("lane", lane.to_string())], report))
+            let lanes = snapshot.report.lanes.iter();
+            lanes.map(move |report| ([shard.clone(), ("lane", report.number.to_string())], report))
         })
     }
 

@@ -30,7 +30,7 @@ use crate::listener::{ListenAddress, Listener, limit_undelivered};
 use crate::metrics::start_metrics;
 use crate::metrics_page::render;
 use crate::node_name::NodeName;
-use crate::pools::{LaneSettings, build_shard, recover_pool};
+use crate::pools::{LaneSettings, build_shards, recover_pool};
 use crate::random::random_number;
 use crate::serve::{ServeError, open_pool};
 use crate::shards::{Shards, ShardsConfig};
@@ -60,7 +60,7 @@ pub struct NodeSettings {
     pub peer: ListenAddress,
     /// The host name or address under which others reach this node; without it the one that `peer` names.
     pub advertise: Option<String>,
-    /// Processors to use.
+    /// The processor to use: a node runs one thread.
     pub cpus: Option<CpuList>,
     /// Memory for the map of all volumes.
     pub map_cache: Option<Size>,
@@ -106,7 +106,7 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
         })
         .map_err(process("watch signals"))?;
     let features = Features::allowed_by_environment()?;
-    let cpus = CpuList::allowed()?.assign(settings.cpus.as_ref(), Some(1))?;
+    let cpus = choose_processor(settings)?;
     // What is acknowledged to another node must be on stable media.
     let lanes = LaneSettings { ack: AckPolicy::Durable, map_cache: settings.map_cache, read_only: false };
     let file = open_pool(&settings.pool, settings.pool_size)?;
@@ -142,13 +142,13 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     let news = link.news().clone();
     let Some(node) = wait_to_join(&news, &settings.ctl, &stops) else { return Ok(()) };
     let config = NodeConfig { node, boot, steals: false };
-    let shard = build_shard(vec![pool], &[file.length_bytes()], &[], &lanes, Some(config))?;
+    let shards = build_shards(vec![pool], &[file.length_bytes()], &[], &lanes, cpus.len(), Some(config))?;
     let (calls, called) = unbounded();
     let outside: Arc<dyn Outside> = Arc::new(Errands { calls, link: Arc::clone(&link) });
     let metrics = settings.metrics.as_deref().map(std::net::TcpListener::bind).transpose();
     let metrics = metrics.map_err(process("listen for metrics"))?;
     let shards = Shards::start(
-        vec![shard],
+        shards,
         &ShardsConfig {
             listeners: &listeners,
             peer_listeners: std::slice::from_ref(&peer),
@@ -172,6 +172,14 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     }
     shards.run(stops)?;
     Ok(())
+}
+
+/// What nodes tell each other is one shard's, so a node has one thread.
+fn choose_processor(settings: &NodeSettings) -> Result<Vec<usize>, ServeError> {
+    if settings.cpus.as_ref().is_some_and(|wished| wished.count() > 1) {
+        return Err(ServeError::OneProcessor);
+    }
+    Ok(CpuList::allowed()?.assign(settings.cpus.as_ref(), Some(1))?)
 }
 
 /// The node's number; nothing if the process was told to stop first.

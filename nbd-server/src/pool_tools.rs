@@ -16,7 +16,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use crate::pools::{
-    LaneSettings, PoolsError, Reader, RecoveredPool, build_shard, create_pool, format_pool, recover_pool,
+    LaneSettings, PoolsError, Reader, RecoveredPool, build_shards, create_pool, format_pool, recover_pool,
 };
 use crate::shards::{Shards, ShardsConfig, ShardsError};
 use crate::size::Size;
@@ -372,7 +372,7 @@ fn empty_lane(pool: &PoolFile, recovered: &RecoveredPool, lane: usize) -> Result
 
 /// Does what a server does at its start and end, without a client in between.
 fn write_checkpoints(pool: &PoolFile, recovered: RecoveredPool) -> Result<(), PoolToolError> {
-    let shard = build_shard(vec![recovered], &[pool.length_bytes()], &[], &SETTINGS, None)?;
+    let shards = build_shards(vec![recovered], &[pool.length_bytes()], &[], &SETTINGS, 1, None)?;
     let features = Features::allowed_by_environment()?;
     let cpus = CpuList::allowed()?.assign(None, Some(1))?;
     let config = ShardsConfig {
@@ -383,7 +383,7 @@ fn write_checkpoints(pool: &PoolFile, recovered: RecoveredPool) -> Result<(), Po
         cpus,
         features,
     };
-    let shards = Shards::start(vec![shard], &config)?;
+    let shards = Shards::start(shards, &config)?;
     let (sender, stops) = channel();
     sender.send(Stop::Drain).expect("the receiver is here");
     drop(sender);

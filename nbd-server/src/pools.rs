@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::DeviceIndex;
-use datapath::engine::shard::{NodeConfig, Shard, ShardPool};
+use datapath::engine::shard::{NodeConfig, Shard, ShardPool, shard_of_lane, split};
 use datapath::limits::VOLUME_BYTES_MAX;
 use datapath::memory::Pages;
 use datapath::reactor::pool_file::{PoolFile, PoolFileError};
@@ -198,28 +198,29 @@ pub fn recover_pool(pool: &PoolFile, settings: &LaneSettings) -> Result<Recovere
     Ok(RecoveredPool { layout, lanes, is_file: pool.is_regular_file() })
 }
 
-/// Makes one shard of all pools, with new volumes in the first one.
+/// Makes the shards of a process that serves all pools, with new volumes in the first one. A node has one.
 ///
 /// # Errors
 /// Everything in [`PoolsError`] that concerns volumes and memory.
-pub fn build_shard(
+///
+/// # Panics
+/// Without shards.
+pub fn build_shards(
     mut pools: Vec<RecoveredPool>,
     lengths_bytes: &[u64],
     volumes: &[VolumeConfig],
     settings: &LaneSettings,
+    shards: usize,
     node: Option<NodeConfig>,
-) -> Result<Shard<Arena>, PoolsError> {
+) -> Result<Vec<Shard<Arena>>, PoolsError> {
     if node.is_none() {
         refuse_replicas(&pools, settings.read_only)?;
     }
     let wishes = place_volumes(&mut pools, volumes)?;
-    let lane_pages: u32 = pools.iter().map(|pool| Lane::pages_needed(&pool.layout) * pool.layout.lanes).sum();
-    let engine_bytes = REQUEST_MEMORY_BYTES + lane_pages * BLOCK_BYTES;
-    let arena =
-        Arena::new(ArenaLayout { engine_bytes, ..ArenaLayout::default() }).map_err(PoolsError::Memory)?;
-    let mut pages = Pages::new(arena.engine_range());
+    let mut arenas = make_arenas(&pools, shards)?;
     let mut wishes = wishes.into_iter();
     let mut shard_pools = Vec::new();
+    let mut number = 0;
     for (index, (pool, length_bytes)) in (0..).zip(pools.into_iter().zip(lengths_bytes)) {
         let mut lanes = Vec::new();
         for (lane, recovered) in (0..).zip(pool.lanes) {
@@ -230,7 +231,9 @@ pub fn build_shard(
                 checkpoint_log_bytes: CHECKPOINT_LOG_BYTES,
                 bugs: Bugs::none(),
             };
-            let mut lane = Lane::new(config, recovered, &mut pages);
+            let (_, pages) = &mut arenas[shard_of_lane(number, shards)];
+            number += 1;
+            let mut lane = Lane::new(config, recovered, pages);
             wishes
                 .next()
                 .expect("one list for each lane")
@@ -242,7 +245,27 @@ pub fn build_shard(
         let space = PoolSpace::new(pool.layout, segments, lanes.iter().map(Lane::segments), pool.is_file);
         shard_pools.push(ShardPool { device: DeviceIndex(index), lanes, space });
     }
-    Ok(Shard::new(arena, pages, shard_pools, settings.read_only, node))
+    let parts = split(shard_pools, u16::try_from(shards).expect("few shards"));
+    let shards = parts.into_iter().zip(arenas);
+    Ok(shards
+        .map(|(part, (arena, pages))| Shard::of_part(arena, pages, part, settings.read_only, node))
+        .collect())
+}
+
+/// Memory for each shard: for its clients, and for the lanes that it runs.
+fn make_arenas(pools: &[RecoveredPool], shards: usize) -> Result<Vec<(Arena, Pages)>, PoolsError> {
+    let mut bytes = vec![REQUEST_MEMORY_BYTES; shards];
+    let lanes = pools.iter().flat_map(|pool| pool.lanes.iter().map(|_| Lane::pages_needed(&pool.layout)));
+    for (lane, pages) in lanes.enumerate() {
+        bytes[shard_of_lane(lane, shards)] += pages * BLOCK_BYTES;
+    }
+    let arena = |engine_bytes| {
+        let layout = ArenaLayout { engine_bytes, ..ArenaLayout::default() };
+        let arena = Arena::new(layout).map_err(PoolsError::Memory)?;
+        let pages = Pages::new(arena.engine_range());
+        Ok((arena, pages))
+    };
+    bytes.into_iter().map(arena).collect()
 }
 
 /// What a head numbers must not be numbered by somebody else: the replicas would differ, and nobody would know.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 
 use datapath::engine::report::ShardReport;
+use datapath::engine::shard::{Shard, shard_of_lane};
+use datapath::reactor::Arena;
 use datapath::reactor::affinity::AffinityError;
 pub use datapath::reactor::affinity::CpuList;
 use datapath::reactor::features::{Features, MaskError};
@@ -17,7 +19,7 @@ use thiserror::Error;
 use crate::listener::{ListenAddress, ListenError, Listener};
 use crate::metrics::start_metrics;
 use crate::metrics_page::render;
-use crate::pools::{LANES, LaneSettings, PoolsError, build_shard, create_pool, recover_pool};
+use crate::pools::{LANES, LaneSettings, PoolsError, build_shards, create_pool, recover_pool};
 use crate::shards::{Shards, ShardsConfig, ShardsError};
 use crate::size::Size;
 use crate::stop::StopSignals;
@@ -43,7 +45,7 @@ pub struct ServeConfig {
     pub volumes: Vec<VolumeConfig>,
     /// Where NBD clients come in; sockets from systemd are added.
     pub nbd: Vec<ListenAddress>,
-    /// Shards; without it, one for each of `cpus`, else one or two.
+    /// Threads, of which there are no more than lanes; without it, one for each of `cpus`, else one or two.
     pub threads: Option<usize>,
     /// Processors to use.
     pub cpus: Option<CpuList>,
@@ -93,6 +95,9 @@ pub enum ServeError {
     /// The link to `berth ctl`.
     #[error(transparent)]
     Link(Box<crate::control::link::LinkError>),
+    /// A node has one thread.
+    #[error("a node runs one thread: --cpus must name one processor")]
+    OneProcessor,
     /// Other nodes connect over TCP.
     #[error("--peer must be ADDR:PORT")]
     PeerAddress,
@@ -109,8 +114,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let process = |step| move |source| ServeError::Process { step, source };
     let signals = StopSignals::block().map_err(process("block signals"))?;
     let features = Features::allowed_by_environment()?;
-    // One shard runs all lanes.
-    let cpus = CpuList::allowed()?.assign(config.cpus.as_ref(), Some(1))?;
+    let mut cpus = CpuList::allowed()?.assign(config.cpus.as_ref(), config.threads)?;
     let settings = LaneSettings { ack: config.ack, map_cache: config.map_cache, read_only: config.read_only };
     let mut files = Vec::new();
     let mut pools = Vec::new();
@@ -120,7 +124,16 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
         files.push(file);
     }
     let lengths_bytes: Vec<u64> = files.iter().map(PoolFile::length_bytes).collect();
-    let shard = build_shard(pools, &lengths_bytes, &config.volumes, &settings, None)?;
+    let lanes = pools.iter().map(|pool| pool.lanes.len()).sum();
+    if cpus.len() > lanes {
+        tracing::warn!(
+            threads = cpus.len(),
+            lanes,
+            "each lane is run by one thread: there are no more threads than lanes"
+        );
+        cpus.truncate(lanes);
+    }
+    let shards = build_shards(pools, &lengths_bytes, &config.volumes, &settings, cpus.len(), None)?;
     let mut listeners = Listener::activated()?;
     for address in &config.nbd {
         listeners.push(Listener::bind(address)?);
@@ -135,11 +148,10 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
             let _ = sender.send(stop);
         })
         .map_err(process("watch signals"))?;
-    let names: Vec<String> =
-        shard.lanes().flat_map(Lane::volumes).map(|volume| volume.record.name.clone()).collect();
+    let names = volume_names(&shards, lanes);
     let devices = files.iter().map(PoolFile::file).collect();
     let shards = Shards::start(
-        vec![shard],
+        shards,
         &ShardsConfig { listeners: &listeners, peer_listeners: &[], outside: None, devices, cpus, features },
     )?;
     if !shards.wait_until_open() || has_failed(shards.mailboxes()) {
@@ -178,6 +190,13 @@ pub(crate) fn open_pool(path: &Path, size: Option<Size>) -> Result<PoolFile, Ser
     let (length_bytes, volatile_cache) = (pool.length_bytes(), pool.has_volatile_cache());
     tracing::info!(pool = %path.display(), length_bytes, volatile_cache, "pool");
     Ok(pool)
+}
+
+/// The volumes in the order of their lanes, however many shards run these.
+fn volume_names(shards: &[Shard<Arena>], lanes: usize) -> Vec<String> {
+    let mut by_shard: Vec<_> = shards.iter().map(Shard::lanes).collect();
+    let in_order = (0..lanes).filter_map(|lane| by_shard[shard_of_lane(lane, shards.len())].next());
+    in_order.flat_map(Lane::volumes).map(|volume| volume.record.name.clone()).collect()
 }
 
 /// Did a disk fail while the lanes made safe what they had recovered?

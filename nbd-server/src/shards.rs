@@ -1,4 +1,6 @@
-//! The shards' threads: one reactor each, pinned, all listening on the same sockets.
+//! The shards' threads: one reactor each, pinned. The first one listens, as one thread does in SPDK's targets: a handshake
+//! is little work, and limits of the process hold where all connections come in. What its client has chosen decides where a
+//! connection goes.
 
 use std::fs::File;
 use std::io;
@@ -8,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use datapath::engine::ports::Engine;
+use datapath::engine::shard_message::ShardIndex;
 use datapath::reactor::affinity::{AffinityError, pin_thread};
 use datapath::reactor::features::{Feature, Features};
 use datapath::reactor::mailbox::{Mailbox, Message, PostError, mailbox};
@@ -79,25 +82,30 @@ where
     pub fn start(engines: Vec<E>, config: &ShardsConfig<'_>) -> Result<Shards<E>, ShardsError> {
         assert_eq!(engines.len(), config.cpus.len(), "one processor for each shard");
         let mut reactors = Vec::with_capacity(engines.len());
-        let mut mailboxes = Vec::with_capacity(engines.len());
-        for (shard, engine) in engines.into_iter().enumerate() {
-            let (mailbox, inbox) = mailbox()?;
+        let (mailboxes, inboxes): (Vec<_>, Vec<_>) =
+            engines.iter().map(|_| mailbox()).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
+        for (shard, (engine, inbox)) in engines.into_iter().zip(inboxes).enumerate() {
             let allowed = config.features;
+            let listeners = |listeners: &[Listener]| match shard {
+                0 => listeners.iter().map(Listener::socket).collect(),
+                _ => Vec::new(),
+            };
             let config = ReactorConfig {
-                listeners: config.listeners.iter().map(Listener::socket).collect(),
-                peer_listeners: config.peer_listeners.iter().map(Listener::socket).collect(),
+                listeners: listeners(config.listeners),
+                peer_listeners: listeners(config.peer_listeners),
                 outside: config.outside.clone(),
                 devices: config.devices.clone(),
                 features: allowed,
                 ..ReactorConfig::default()
             };
-            let reactor = Reactor::new(engine, config, inbox)
+            let mut reactor = Reactor::new(engine, config, inbox)
                 .map_err(|source| ShardsError::Reactor { shard, source })?;
+            let index = u16::try_from(shard).expect("few shards");
+            reactor.join(ShardIndex(index), mailboxes.clone());
             if shard == 0 {
                 report_features(reactor.features(), allowed);
             }
             reactors.push(reactor);
-            mailboxes.push(mailbox);
         }
         let mut shards = Shards { mailboxes, threads: Vec::with_capacity(reactors.len()) };
         for (shard, (reactor, cpu)) in reactors.into_iter().zip(&config.cpus).enumerate() {
@@ -107,8 +115,9 @@ where
                     .map_err(ShardsError::from)
                     .and_then(|()| reactor.run().map_err(|source| ShardsError::Reactor { shard, source }));
                 if result.is_err() {
-                    // A node with a dead shard is no node: the others finish and the process ends.
-                    post_all(&others, || Message::Drain);
+                    // A node with a dead shard is no node. The others cannot finish without it: it may be a pool's home.
+                    // What was answered is safe.
+                    post_all(&others, || Message::Abort);
                 }
                 result
             });

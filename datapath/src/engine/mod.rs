@@ -3,8 +3,10 @@
 mod device_sync;
 mod export_table;
 mod output;
+mod pool_home;
 pub mod pool_space;
 pub mod ports;
 mod region_locks;
 pub mod report;
 pub mod shard;
+pub mod shard_message;

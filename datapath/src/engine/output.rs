@@ -136,6 +136,18 @@ impl Output {
         self.freed_when_sent.drain(..)
     }
 
+    /// Takes the short replies that were not yet given to a send, for another place to send them from.
+    ///
+    /// # Panics
+    /// If a send is under way, or data is to be sent.
+    pub(super) fn take_unsent(&mut self) -> Vec<u8> {
+        assert!(!self.sending, "what is being sent cannot be taken");
+        assert!(self.items.drain(..).all(|item| matches!(item, Item::Short(_))), "data stays where it is");
+        let taken = std::mem::take(&mut self.short_taken);
+        self.short.drain(..taken);
+        std::mem::take(&mut self.short)
+    }
+
     /// Drops what was not yet given to a send; returns all pages of the connection's that no send holds.
     pub(super) fn abandon(&mut self) -> Vec<MemoryRange> {
         self.short.clear();
@@ -194,5 +206,19 @@ mod tests {
             freed += output.finish_send().count();
         }
         assert_eq!((sent == expected, freed, output.is_empty()), (true, 300, true));
+    }
+
+    #[test]
+    fn what_is_taken_goes_on_where_the_last_send_ended() {
+        let mut memory = Bytes(vec![0; 8192]);
+        let mut output = Output::new(MemoryRange { start: 0, len: SEND_PAGES * BLOCK_BYTES });
+        let expected: Vec<u8> = (0..6000_u32).map(|at| at.to_le_bytes()[0]).collect();
+        output.append(|out| out.extend(&expected));
+        assert!(output.begin_send(&mut memory));
+        let mut sent: Vec<u8> =
+            output.pieces().iter().flat_map(|piece| memory.bytes(*piece).to_vec()).collect();
+        output.finish_send();
+        sent.extend(output.take_unsent());
+        assert_eq!((sent == expected, output.is_empty()), (true, true));
     }
 }

@@ -17,9 +17,14 @@
 //!   becomes of the connection meanwhile.
 //! - Every effect with a [`Token`] ends in exactly one event with that token.
 //! - A connection has at most one receive and one send under way.
+//! - After [`Effect::HandOver`] the driver ends the watch on the connection, if there is one, without a word, and tells
+//!   the other shard [`Event::Adopted`]; here it says [`Event::Closed`] when the connection is gone there, and nothing
+//!   before. Messages and connections from one shard to another arrive in the order in which they were sent.
 //! - After [`Effect::Close`] the driver ends what is under way on the connection (each in its own event, as
 //!   failed) and then says [`Event::Closed`]; the id is free for reuse only then.
 
+use super::shard::MovedConnection;
+use super::shard_message::{ShardIndex, ShardMessage};
 pub use crate::memory::Memory;
 use crate::record::{NodeId, Record};
 use crate::units::{MemoryRange, Moment};
@@ -114,6 +119,20 @@ pub enum Event {
         /// How.
         result: Result<(), DeviceError>,
     },
+    /// Another shard of the process says something.
+    Told {
+        /// Which.
+        from: ShardIndex,
+        /// What.
+        message: ShardMessage,
+    },
+    /// Another shard has handed over a connection.
+    Adopted {
+        /// The name the driver gave it here.
+        connection: ConnectionId,
+        /// All that goes with it.
+        moved: Box<MovedConnection>,
+    },
     /// Another node connected.
     PeerAccepted {
         /// The name the driver gave the connection.
@@ -141,7 +160,7 @@ pub enum Event {
 }
 
 /// What a shard wants done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Effect {
     /// Read from a device; memory, offset and length are multiples of the block size, except that the
     /// memory may start at any multiple of 512.
@@ -211,6 +230,22 @@ pub enum Effect {
     Close {
         /// Which.
         connection: ConnectionId,
+    },
+    /// Tell another shard of the process.
+    Tell {
+        /// Whom.
+        shard: ShardIndex,
+        /// What.
+        message: ShardMessage,
+    },
+    /// Hand a connection over to another shard of the process. Nothing but a watch is under way on it.
+    HandOver {
+        /// Which.
+        connection: ConnectionId,
+        /// To whom.
+        to: ShardIndex,
+        /// All that goes with it.
+        moved: Box<MovedConnection>,
     },
 }
 

@@ -60,6 +60,8 @@ impl Default for OperationReport {
 /// How one lane fares.
 #[derive(Clone, Copy, Debug)]
 pub struct LaneReport {
+    /// Its number, counted over all pools of the process, whichever shard runs it.
+    pub number: usize,
     /// What it counted.
     pub counters: LaneCounters,
     /// Leaves in memory.

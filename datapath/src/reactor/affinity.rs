@@ -77,6 +77,12 @@ impl CpuList {
         Ok(CpuList((0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect()))
     }
 
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// One processor per thread: of those wished for, else of those allowed. More threads than processors share
     /// them in turn. Without a number of threads: one for each processor wished for, else one or two.
     ///

@@ -17,10 +17,13 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use super::buffers::BUFFER_GROUP;
 use super::inflight::Ticket;
+use super::mailbox::Message;
 use super::memory::Arena;
 use super::ring::{Completion, Target};
 use super::{IGNORED, Operation, Reactor};
 use crate::engine::ports::{ConnectionId, Engine, Event, PeerAddress, ReceiveBuffer};
+use crate::engine::shard::MovedConnection;
+use crate::engine::shard_message::ShardIndex;
 use crate::limits::SEND_PIECES_MAX;
 use crate::record::NodeId;
 use crate::units::MemoryRange;
@@ -102,6 +105,18 @@ struct OpenConnection {
     watch: Option<Ticket>,
     closing: bool,
     lingering: bool,
+    /// The reactor that accepted it, if that was another one, and its name there.
+    origin: Option<(ShardIndex, ConnectionId)>,
+    /// It is to go to another reactor.
+    departure: Option<(ShardIndex, Box<MovedConnection>)>,
+}
+
+/// A connection that has left its place.
+pub(super) struct Departed {
+    pub(super) socket: OwnedFd,
+    pub(super) peer: PeerAddress,
+    pub(super) to: ShardIndex,
+    pub(super) moved: Box<MovedConnection>,
 }
 
 // SAFETY: the pointers in an outbox lead into the arena's mapping and into the outbox itself, which is boxed and
@@ -110,6 +125,31 @@ unsafe impl Send for Connection {}
 
 impl Connection {
     pub(super) const EMPTY: Connection = Connection { open: None, outbox: None };
+
+    /// A connection takes the place.
+    pub(super) fn open(
+        &mut self,
+        id: ConnectionId,
+        socket: OwnedFd,
+        target: Target,
+        peer: PeerAddress,
+        origin: Option<(ShardIndex, ConnectionId)>,
+    ) {
+        assert!(self.open.is_none(), "{id:?} is in use");
+        self.outbox.get_or_insert_with(Outbox::new);
+        self.open = Some(OpenConnection {
+            socket,
+            target,
+            peer,
+            receive: Direction::Idle,
+            send: Direction::Idle,
+            watch: None,
+            closing: false,
+            lingering: false,
+            origin,
+            departure: None,
+        });
+    }
 
     fn expect_open(&mut self) -> &mut OpenConnection {
         self.open.as_mut().expect("an open connection")
@@ -174,25 +214,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
 
     /// False if there is no place, or none in the ring's table: the socket is closed.
     pub(super) fn open_connection(&mut self, socket: OwnedFd, newcomer: Newcomer) -> bool {
-        let Some(id) = self.free_connections.pop() else { return false };
-        let slot = u32::try_from(self.devices.len()).expect("few devices") + id.0;
-        let Ok(target) = self.ring.register_file(slot, &socket) else {
-            self.free_connections.push(id);
-            return false;
-        };
-        let place = &mut self.connections[id.0 as usize];
-        assert!(place.open.is_none(), "{id:?} is in use");
-        place.outbox.get_or_insert_with(Outbox::new);
-        place.open = Some(OpenConnection {
-            socket,
-            target,
-            peer: newcomer.address(),
-            receive: Direction::Idle,
-            send: Direction::Idle,
-            watch: None,
-            closing: false,
-            lingering: false,
-        });
+        let Some(id) = self.place_connection(socket, newcomer.address(), None) else { return false };
         self.pending.push_back(newcomer.event(id));
         true
     }
@@ -245,7 +267,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     pub(super) fn complete_hang_up(&mut self, id: ConnectionId, result: i32) {
         let connection = self.connection(id);
         connection.watch = None;
-        if connection.closing {
+        if connection.departure.is_some() {
+            self.depart(id);
+        } else if connection.closing {
             self.close_if_at_rest(id);
         } else if result >= 0 {
             self.pending.push_back(Event::HungUp { connection: id });
@@ -431,6 +455,28 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         self.close_if_at_rest(id);
     }
 
+    /// The connection is to go; returns what must end before.
+    pub(super) fn begin_departure(
+        &mut self,
+        id: ConnectionId,
+        to: ShardIndex,
+        moved: Box<MovedConnection>,
+    ) -> Option<Ticket> {
+        let connection = self.connection(id);
+        let idle = connection.receive == Direction::Idle && connection.send == Direction::Idle;
+        assert!(idle && !connection.closing, "{id:?} is moved amid its work");
+        connection.departure = Some((to, moved));
+        connection.watch
+    }
+
+    /// Nothing of it is with the kernel: it leaves its place, which stays taken.
+    pub(super) fn take_departing(&mut self, id: ConnectionId) -> Departed {
+        let open = self.connections[id.0 as usize].open.take().expect("an open connection");
+        self.ring.unregister_file(open.target);
+        let (to, moved) = open.departure.expect("a connection that is to go");
+        Departed { socket: open.socket, peer: open.peer, to, moved }
+    }
+
     /// Ends what is under way, each in its own event, then the connection.
     pub(super) fn close_connection(&mut self, id: ConnectionId) {
         let connection = self.connection(id);
@@ -495,10 +541,14 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
     fn forget_connection(&mut self, id: ConnectionId) {
         let open = self.connections[id.0 as usize].open.take().expect("an open connection");
         self.ring.unregister_file(open.target);
+        let origin = open.origin;
         drop(open);
         self.free_connections.push(id);
         self.counters.closed += 1;
         self.pending.push_back(Event::Closed { connection: id });
+        if let Some((shard, connection)) = origin {
+            self.post(shard, Message::Gone { connection });
+        }
         self.admit_waiting();
     }
 }

@@ -17,11 +17,14 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use thiserror::Error;
 
 use super::Snapshot;
-use crate::engine::ports::PeerAddress;
+use crate::engine::ports::{ConnectionId, PeerAddress};
+use crate::engine::shard::MovedConnection;
+use crate::engine::shard_message::{ShardIndex, ShardMessage};
 use crate::record::{NodeId, Record};
 
-/// Messages that may wait.
-const MESSAGES_MAX: usize = 1024;
+/// Messages that may wait. Other reactors have at most a few for each lane and connection under way, and keep what finds
+/// no room.
+const MESSAGES_MAX: usize = 4096;
 
 /// What a reactor can be told. `R` is its engine's report.
 #[derive(Debug)]
@@ -37,6 +40,20 @@ pub enum Message<R> {
         /// Where it comes from.
         peer: PeerAddress,
     },
+    /// Another shard says something.
+    Told {
+        /// Which.
+        from: ShardIndex,
+        /// What.
+        message: ShardMessage,
+    },
+    /// Another reactor hands over a connection.
+    Moved(Box<MovedSocket>),
+    /// A connection that was handed over is gone.
+    Gone {
+        /// As it was called here.
+        connection: ConnectionId,
+    },
     /// A node was called: the connected socket, if it was reached.
     PeerCalled {
         /// Whom.
@@ -50,6 +67,19 @@ pub enum Message<R> {
     TellWhenOpen(SyncSender<()>),
     /// Say how things are. No answer (the channel closes) means that the reactor has ended.
     Inspect(SyncSender<Snapshot<R>>),
+}
+
+/// A connection on its way from one reactor to another.
+#[derive(Debug)]
+pub struct MovedSocket {
+    /// From whom.
+    pub(super) from: ShardIndex,
+    /// As it was called there.
+    pub(super) origin: ConnectionId,
+    pub(super) socket: OwnedFd,
+    pub(super) peer: PeerAddress,
+    /// The engine's part.
+    pub(super) moved: Box<MovedConnection>,
 }
 
 /// Why a message was not taken.

@@ -24,6 +24,7 @@ pub mod mailbox;
 mod memory;
 pub mod pool_file;
 mod ring;
+mod siblings;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -46,6 +47,7 @@ use self::memory::Mapping;
 pub use self::memory::{Arena, ArenaLayout};
 pub use self::ring::RingError;
 use self::ring::{Completion, Ring, Target, Wait};
+use self::siblings::{POST_AGAIN_NS, Siblings};
 use crate::engine::ports::{
     ConnectionId, DeviceIndex, Effect, Engine, Event, PeerAddress, ReceiveBuffer, Token,
 };
@@ -231,6 +233,7 @@ pub struct Reactor<E: Engine<Memory = Arena>> {
     enter_error: Option<io::Error>,
     /// Accepted sockets for which there is no id yet, and until when they may wait.
     waiting_sockets: VecDeque<(Moment, OwnedFd, PeerAddress)>,
+    siblings: Siblings<E::Report>,
     /// Threads that wait for the engine to take requests.
     tell_when_open: Vec<std::sync::mpsc::SyncSender<()>>,
     /// Last: see above.
@@ -295,6 +298,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             counters: Counters::default(),
             enter_error: None,
             waiting_sockets: VecDeque::new(),
+            siblings: Siblings::none(),
             tell_when_open: Vec::new(),
             mapping,
         })
@@ -331,6 +335,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             self.start_accepting();
         }
         self.refuse_overdue();
+        self.post_waiting();
         self.engine.finish_turn(self.now);
         if !self.tell_when_open.is_empty() && self.engine.is_open() {
             for answer in self.tell_when_open.drain(..) {
@@ -342,7 +347,8 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         while let Some(record) = self.engine.poll_proposal() {
             self.outside.as_ref().expect("only nodes propose").propose(record);
         }
-        if self.phase == Phase::Draining && self.pending.is_empty() && self.engine.is_drained() {
+        let all_said = self.pending.is_empty() && !self.siblings.has_unposted();
+        if self.phase == Phase::Draining && all_said && self.engine.is_drained() {
             self.phase = Phase::Ending;
         }
         if self.phase == Phase::Ending {
@@ -430,6 +436,10 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
                 outside.connect(node);
             }
             Effect::Close { connection } => self.close_connection(connection),
+            Effect::Tell { shard, message } => {
+                self.post(shard, Message::Told { from: self.this(), message });
+            }
+            Effect::HandOver { connection, to, moved } => self.hand_over(connection, to, moved),
         }
     }
 
@@ -453,9 +463,11 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         let overdue = self.waiting_sockets.front().map(|(until, ..)| *until);
         let moments = [self.engine.poll_timeout(), self.accept_retry_at, overdue];
         match moments.into_iter().flatten().min() {
+            None if self.siblings.has_unposted() => Wait::AtMost(POST_AGAIN_NS),
             None => Wait::Forever,
             Some(moment) => match moment.since_ns(clock::now()) {
                 0 => Wait::No,
+                ns if self.siblings.has_unposted() => Wait::AtMost(ns.min(POST_AGAIN_NS)),
                 ns => Wait::AtMost(ns),
             },
         }
@@ -517,6 +529,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Message::Adopt { socket, peer } if self.is_accepting() => self.admit(socket, peer),
             Message::Adopt { .. } => {}
             Message::PeerCalled { node, socket } => self.admit_called(node, socket),
+            Message::Told { from, message } => self.pending.push_back(Event::Told { from, message }),
+            Message::Moved(arrived) => self.adopt(*arrived),
+            Message::Gone { connection } => self.connection_gone(connection),
             Message::Record(record) => self.pending.push_back(Event::Record(record)),
             Message::TellWhenOpen(answer) => self.tell_when_open.push(answer),
             Message::Inspect(answer) => {

@@ -1,10 +1,10 @@
-//! Berth's shard as a subject: a pool of one or two lanes on the simulated disk.
+//! Berth's shards as a subject: a pool of one to three lanes on the simulated disk.
 
 use std::ops::Range;
 
 use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::{DeviceIndex, Engine};
-use datapath::engine::shard::{Shard, ShardPool};
+use datapath::engine::shard::{Shard, ShardPool, shard_of_lane, split};
 use datapath::limits::PIECE_BYTES_MAX;
 use datapath::memory::Pages;
 use datapath::store::bugs::Bugs;
@@ -19,6 +19,7 @@ use datapath::units::{BLOCK_BYTES, BLOCK_BYTES_U64, MemoryRange, Moment};
 use super::disk::Disk;
 use super::memory::SimMemory;
 use super::oracle::Promises;
+use super::random::Random;
 use super::subject::{
     DiskReader, MemoryPlan, Setup, StableReader, StartError, Subject, SubjectCounts, Survives,
 };
@@ -37,6 +38,8 @@ const HOARDED_REQUEST_BYTES: u32 = 5 << 20;
 pub struct BerthSubject {
     bugs: Bugs,
     lanes: u32,
+    /// One thread in every life.
+    single: bool,
     map_cache_bytes: u64,
     checkpoint_log_bytes: u64,
 }
@@ -98,15 +101,24 @@ impl Subject for BerthSubject {
     /// Small pools, so that the cleaner works in every seed; sometimes volumes that do not fit.
     fn adapt(&mut self, setup: &mut Setup) {
         let mut random = setup.random.fork("berth", 0);
-        self.lanes = u32::try_from(random.range(1..=2)).expect("one or two");
+        self.lanes = *random.pick(&[1, 1, 2, 2, 2, 3]);
         if setup.slant.failing_syncs {
             self.lanes = 2;
         }
-        let segments = if self.lanes == 1 { random.range(32..=40) } else { random.range(52..=64) };
+        self.single = random.percent(40);
+        let segments = match self.lanes {
+            1 => random.range(32..=40),
+            2 => random.range(52..=64),
+            _ => random.range(84..=96),
+        };
         setup.disk_bytes = segments * MIB;
         setup.may_fill = random.percent(20) || setup.slant.fills;
         // What a pool of this size holds besides its working space.
-        let room = if self.lanes == 1 { segments - 22 } else { (segments - 40) / 2 } * MIB;
+        let room = match self.lanes {
+            1 => segments - 22,
+            2 => (segments - 40) / 2,
+            _ => (segments - 64) / 3,
+        } * MIB;
         let count = u64::try_from(setup.volumes.len()).expect("few volumes");
         let part = room / count;
         for volume in &mut setup.volumes {
@@ -145,18 +157,23 @@ impl Subject for BerthSubject {
         }
     }
 
+    /// Another number in every life, sometimes more than there are lanes.
+    fn draw_threads(&self, _setup: &Setup, random: &mut Random) -> usize {
+        if self.single { 1 } else { random.index(self.lanes as usize + 1) + 1 }
+    }
+
     fn start(
         &mut self,
         setup: &Setup,
         _now: Moment,
         disk: &mut DiskReader<'_>,
-        memory: SimMemory,
-    ) -> Result<Shard<SimMemory>, StartError> {
+        memories: Vec<SimMemory>,
+    ) -> Result<Vec<Shard<SimMemory>>, StartError> {
         let (layout, recovered) = self.recover(disk)?;
         let plan = self.memory_plan(setup);
         let receive_bytes = RECEIVE_BYTES * u32::from(RECEIVE_BUFFERS);
         let free = MemoryRange { start: receive_bytes, len: plan.total_bytes - receive_bytes };
-        let mut pages = Pages::new(free);
+        let mut pages: Vec<Pages> = memories.iter().map(|_| Pages::new(free)).collect();
         let ack = if setup.durable_acks { AckPolicy::Durable } else { AckPolicy::Device };
         let mut lanes = Vec::new();
         for (index, recovered) in (0..).zip(recovered) {
@@ -167,7 +184,8 @@ impl Subject for BerthSubject {
                 checkpoint_log_bytes: self.checkpoint_log_bytes,
                 bugs: self.bugs,
             };
-            let mut lane = Lane::new(config, recovered, &mut pages);
+            let shard = shard_of_lane(index as usize, pages.len());
+            let mut lane = Lane::new(config, recovered, &mut pages[shard]);
             for volume in 0..setup.volumes.len() {
                 let known =
                     lane.volumes().iter().any(|known| known.record.name == setup.volumes[volume].name);
@@ -180,7 +198,9 @@ impl Subject for BerthSubject {
         let segments = layout.segments_in(setup.disk_bytes);
         let space = PoolSpace::new(layout, segments, lanes.iter().map(Lane::segments), true);
         let pool = ShardPool { device: DeviceIndex(0), lanes, space };
-        Ok(Shard::new(memory, pages, vec![pool], false, None))
+        let shards = u16::try_from(memories.len()).expect("few threads");
+        let parts = split(vec![pool], shards).into_iter().zip(memories.into_iter().zip(pages));
+        Ok(parts.map(|(part, (memory, pages))| Shard::of_part(memory, pages, part, false, None)).collect())
     }
 
     fn counts(&self, engine: &Shard<SimMemory>) -> SubjectCounts {

@@ -158,6 +158,7 @@ pub fn summary(report: &Report) -> String {
         "{} requests ({} errors deserved), {} MiB written, {} MiB read\n\
          {} lives: {} power cuts, {} kills, {} stops, {} crashes before the first answer, {} refusals\n\
          disk: {} MiB written, {} errors, {} flipped bits, {} blocks given up\n\
+         {} threads, {} connections moved between them\n\
          engine: {} turns, {} batches, {} checkpoints, {} segments cleaned; {} s of virtual time\n\
          clients: {} stalled ones gave back their receive buffer, {} were put out",
         report.clients.answers,
@@ -174,6 +175,8 @@ pub fn summary(report: &Report) -> String {
         report.disk_errors,
         report.flipped_bits,
         report.subject.lost_blocks,
+        report.threads,
+        report.moves,
         report.turns,
         report.subject.batches,
         report.subject.checkpoints,

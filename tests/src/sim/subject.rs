@@ -134,7 +134,7 @@ pub trait Subject {
     /// Changes of the setup that the subject needs or wants to vary (a smaller disk, no `durable`).
     fn adapt(&mut self, _setup: &mut Setup) {}
 
-    /// The memory it wants.
+    /// The memory that each of its threads wants.
     fn memory_plan(&self, setup: &Setup) -> MemoryPlan;
 
     /// What it promises.
@@ -152,7 +152,13 @@ pub trait Subject {
     /// Creates pool and volumes on an empty disk, with [`Disk::write_now`].
     fn format(&mut self, setup: &Setup, disk: &mut Disk);
 
-    /// Recovers the pool and makes an engine. What recovery writes goes through effects.
+    /// How many threads the process has in its next life.
+    fn draw_threads(&self, _setup: &Setup, _random: &mut Random) -> usize {
+        1
+    }
+
+    /// Recovers the pool and makes an engine for each thread: one for each memory. What recovery writes goes through
+    /// effects.
     ///
     /// # Errors
     /// When the image is damaged or cannot be read.
@@ -161,8 +167,8 @@ pub trait Subject {
         setup: &Setup,
         now: Moment,
         disk: &mut DiskReader<'_>,
-        memory: SimMemory,
-    ) -> Result<Self::Engine, StartError>;
+        memories: Vec<SimMemory>,
+    ) -> Result<Vec<Self::Engine>, StartError>;
 
     /// What the engine did in its life.
     fn counts(&self, engine: &Self::Engine) -> SubjectCounts;

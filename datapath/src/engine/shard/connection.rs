@@ -2,9 +2,12 @@
 
 use super::Shard;
 use super::input::Input;
+use super::moving::Move;
+use super::neighbours::ExportPlace;
 use super::payload::Payload;
 use crate::engine::output::{Output, SEND_PAGES};
 use crate::engine::ports::{ConnectionId, Effect, PeerAddress, ReceiveBuffer};
+use crate::engine::shard_message::ShardMessage;
 use crate::limits::{
     BYTES_PER_CONNECTION_MAX, CONNECTIONS_MAX, HANDSHAKE_DEADLINE_MS, HANDSHAKE_GRACE_MS,
     HANDSHAKES_PER_ADDRESS_MAX, HANDSHAKES_UNIX_MAX, REQUESTS_PER_CONNECTION_MAX, REQUESTS_PER_TURN_MAX,
@@ -30,7 +33,7 @@ pub(super) enum Ending {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) generation: u64,
-    peer: PeerAddress,
+    pub(super) peer: PeerAddress,
     pub(super) session: Session,
     /// The volume, once chosen.
     pub(super) export: Option<ExportIndex>,
@@ -43,7 +46,9 @@ pub(super) struct Connection {
     /// The driver told that the client has closed its side.
     hung_up: bool,
     accepted_at: Moment,
-    has_spoken: bool,
+    pub(super) has_spoken: bool,
+    /// It is to go to another shard.
+    pub(super) moving: Option<Move>,
     pub(super) output: Output,
     pub(super) ending: Ending,
     pub(super) requests_under_way: u32,
@@ -61,19 +66,38 @@ impl<M: Memory> Shard<M> {
     pub(super) fn accept(&mut self, id: ConnectionId, peer: PeerAddress) {
         assert!(self.connections[id.0 as usize].is_none(), "{id:?} is in use");
         self.make_room_for_handshake(peer);
-        self.close_abandoned();
-        let room = self.connection_pages + SEND_PAGES <= self.connection_pages_max && !self.draining;
+        let elsewhere =
+            u32::try_from(self.neighbours.connections_elsewhere.len()).expect("bounded by limits");
+        if (self.connection_pages / SEND_PAGES + elsewhere) * 4 > CONNECTIONS_MAX * 3 {
+            self.tell_all(ShardMessage::CloseAbandoned);
+            self.close_all_abandoned();
+        } else {
+            self.close_abandoned();
+        }
+        let session = Session::new(SessionConfig { read_only: self.read_only });
+        if self.draining || !self.open_connection(id, peer, session) {
+            return self.refuse(id);
+        }
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("just opened");
+        let session = &connection.session;
+        connection.output.append(|out| session.greeting(out));
+        self.deadlines.push_back((self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.generation));
+        self.to_send.push(id);
+        self.ready.push_back(id);
+    }
+
+    pub(super) fn refuse(&mut self, id: ConnectionId) {
+        self.connections_refused += 1;
+        self.effects.push_back(Effect::Close { connection: id });
+    }
+
+    /// Gives a new connection its place and memory to send from. False if there is none.
+    pub(super) fn open_connection(&mut self, id: ConnectionId, peer: PeerAddress, session: Session) -> bool {
+        let room = self.connection_pages + SEND_PAGES <= self.connection_pages_max;
         let memory = if room { self.pages.allocate(SEND_PAGES) } else { None };
-        let Some(memory) = memory else {
-            self.connections_refused += 1;
-            self.effects.push_back(Effect::Close { connection: id });
-            return;
-        };
+        let Some(memory) = memory else { return false };
         self.connection_pages += SEND_PAGES;
         self.generation += 1;
-        let session = Session::new(SessionConfig { read_only: self.read_only });
-        let mut output = Output::new(memory);
-        output.append(|out| session.greeting(out));
         self.connections[id.0 as usize] = Some(Box::new(Connection {
             generation: self.generation,
             peer,
@@ -86,7 +110,8 @@ impl<M: Memory> Shard<M> {
             hung_up: false,
             accepted_at: self.now,
             has_spoken: false,
-            output,
+            moving: None,
+            output: Output::new(memory),
             ending: Ending::Not,
             requests_under_way: 0,
             bytes_under_way: 0,
@@ -94,9 +119,7 @@ impl<M: Memory> Shard<M> {
             send_began: self.now,
             stalled: false,
         }));
-        self.deadlines.push_back((self.now.after_ms(HANDSHAKE_DEADLINE_MS), id, self.generation));
-        self.to_send.push(id);
-        self.ready.push_back(id);
+        true
     }
 
     /// An address with too many handshakes loses its oldest one, and first one that has said nothing yet, but none that
@@ -135,10 +158,14 @@ impl<M: Memory> Shard<M> {
     }
 
     /// When connections run short, those go whose clients have gone: nobody would hear what becomes of their requests.
-    fn close_abandoned(&mut self) {
-        if self.connection_pages * 4 <= self.connection_pages_max.min(CONNECTIONS_MAX * SEND_PAGES) * 3 {
-            return;
+    pub(super) fn close_abandoned(&mut self) {
+        if self.connection_pages * 4 > self.connection_pages_max.min(CONNECTIONS_MAX * SEND_PAGES) * 3 {
+            self.close_all_abandoned();
         }
+    }
+
+    /// The same, if it is the process that runs short.
+    pub(super) fn close_all_abandoned(&mut self) {
         for index in 0..CONNECTIONS_MAX {
             let id = ConnectionId(index);
             let abandoned = |connection: &mut Connection| connection.hung_up && !connection.receiving;
@@ -198,12 +225,18 @@ impl<M: Memory> Shard<M> {
         if !good {
             return self.close(id);
         }
+        if connection.moving.is_some() {
+            self.move_if_quiet(id);
+        }
         self.to_send.push(id);
         self.settle(id);
     }
 
     /// The driver is done with the connection.
     pub(super) fn closed(&mut self, id: ConnectionId) {
+        if self.neighbours.connections_elsewhere.remove(&id) {
+            return;
+        }
         let Some(connection) = self.connections[id.0 as usize].take() else { return };
         assert!(!connection.output.is_sending() && !connection.receiving, "{id:?} closed with buffers lent");
         if let Some(export) = connection.export {
@@ -228,7 +261,7 @@ impl<M: Memory> Shard<M> {
         loop {
             let (opened, draining) = (self.opened, self.draining);
             let Some(connection) = self.living(id) else { return false };
-            if connection.ending != Ending::Not || connection.stalled {
+            if connection.ending != Ending::Not || connection.stalled || connection.moving.is_some() {
                 return false;
             }
             if connection.payload.is_some() {
@@ -275,6 +308,7 @@ impl<M: Memory> Shard<M> {
             self.to_send.push(id);
         }
         self.consume(id, u32::try_from(consumed).expect("at most a buffer"));
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
         match step {
             Step::NeedMore => {
                 self.receive(id);
@@ -284,12 +318,17 @@ impl<M: Memory> Shard<M> {
                 self.stall(id);
                 false
             }
-            Step::Selected(export) => {
-                self.connections[id.0 as usize].as_deref_mut().expect("a living connection").export =
-                    Some(export);
-                self.served[export.0 as usize].connections += 1;
-                self.opened && self.is_led_here(export.0 as usize)
-            }
+            Step::Selected(export) => match self.export_places[export.0 as usize] {
+                ExportPlace::At(shard) => {
+                    self.begin_move(id, shard, export);
+                    false
+                }
+                ExportPlace::Here(served) => {
+                    connection.export = Some(ExportIndex(served));
+                    self.served[served as usize].connections += 1;
+                    self.opened && self.is_led_here(served as usize)
+                }
+            },
             Step::Request(request) => {
                 self.begin_request(id, request);
                 true
@@ -417,6 +456,12 @@ impl<M: Memory> Shard<M> {
 }
 
 impl Connection {
+    /// A connection that moves has asked for nothing yet.
+    pub(super) fn assert_only_shaken_hands(&self, id: ConnectionId) {
+        let untouched = self.requests_under_way == 0 && self.bytes_under_way == 0 && self.payload.is_none();
+        assert!(untouched && !self.receiving && self.export.is_none(), "{id:?} is moved amid its work");
+    }
+
     /// Since when its client has not taken what is sent, or not sent what it promised.
     pub(super) fn waits_for_client_since(&self) -> Option<Moment> {
         let sending = self.output.is_sending().then_some(self.send_began);

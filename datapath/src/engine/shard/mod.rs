@@ -9,6 +9,9 @@
 
 mod connection;
 mod input;
+mod lending;
+mod moving;
+mod neighbours;
 mod payload;
 mod read;
 mod release;
@@ -18,36 +21,29 @@ mod status;
 mod task;
 mod write;
 
-use super::device_sync::DeviceSync;
+use super::device_sync::Applicant;
 use super::export_table::ExportTable;
-use super::pool_space::PoolSpace;
 use super::ports::{ConnectionId, DeviceError, DeviceIndex, Effect, Engine, Event, Token};
 use super::region_locks::RegionLocks;
 use super::report::{LaneReport, OperationReport, ShardReport};
+use super::shard_message::{PoolIndex, ShardMessage};
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::{Memory, Pages};
 use crate::record::Record;
 use crate::session::nbd::Rejections;
-use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane, PoolShare};
+use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane};
 use crate::store::slab::Slab;
-use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
+use crate::units::{MemoryRange, Moment};
 use connection::Connection;
+use lending::PoolPart;
+pub use moving::MovedConnection;
+use neighbours::{ExportPlace, Neighbours};
+pub use neighbours::{ShardPart, ShardPool, shard_of_lane, split};
 use replication::Replication;
 pub use replication::{NodeConfig, ReplicaState};
 use share::{Hunger, PAGES_KEPT};
 use std::collections::VecDeque;
 use task::{Piece, Task};
-
-/// A pool as a shard takes it over.
-#[derive(Debug)]
-pub struct ShardPool {
-    /// The driver's number for it.
-    pub device: DeviceIndex,
-    /// The lanes that this shard runs.
-    pub lanes: Vec<Lane>,
-    /// The segments that no lane owns.
-    pub space: PoolSpace,
-}
 
 #[derive(Debug)]
 struct ShardLane {
@@ -56,6 +52,8 @@ struct ShardLane {
     device: DeviceIndex,
     /// Pages of writes that it has, or will have when their payload is here.
     write_pages: u32,
+    /// The pool's home, another shard, was asked for segments.
+    asked_for_segments: bool,
 }
 
 #[derive(Debug)]
@@ -74,6 +72,20 @@ struct Served {
     terms: u64,
 }
 
+impl Served {
+    fn new(lane: usize, volume: u32) -> Served {
+        Served {
+            lane,
+            volume,
+            locks: RegionLocks::default(),
+            requests_under_way: 0,
+            connections: 0,
+            replica: None,
+            terms: 0,
+        }
+    }
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct Shard<M> {
@@ -81,12 +93,13 @@ pub struct Shard<M> {
     memory: M,
     pages: Pages,
     lanes: Vec<ShardLane>,
-    spaces: Vec<PoolSpace>,
-    /// Per pool.
-    syncs: Vec<DeviceSync>,
+    pools: Vec<PoolPart>,
     /// Emptied, kept for its capacity.
-    synced: Vec<Token>,
+    synced: Vec<Applicant>,
     exports: ExportTable,
+    /// Where each export is served, by its index.
+    export_places: Vec<ExportPlace>,
+    neighbours: Neighbours,
     served: Vec<Served>,
     read_only: bool,
     connections: Vec<Option<Box<Connection>>>,
@@ -141,8 +154,8 @@ const CONNECTION_PAGES_SHARE: u32 = 4;
 const ROUNDS_PER_TURN_MAX: u32 = 4;
 
 impl<M: Memory> Shard<M> {
-    /// A shard that serves all volumes of its lanes. `free` is the part of the memory that is the engine's; what
-    /// the lanes took for themselves is already gone from `pages`.
+    /// The only shard of its process, which serves all volumes of its lanes. `pages` is the part of the memory that is
+    /// the engine's, without what the lanes took for themselves.
     ///
     /// # Panics
     /// If two volumes have one name.
@@ -154,30 +167,40 @@ impl<M: Memory> Shard<M> {
         read_only: bool,
         node: Option<NodeConfig>,
     ) -> Shard<M> {
-        let (mut lanes, mut spaces) = (Vec::new(), Vec::new());
-        let (mut exports, mut served) = (ExportTable::default(), Vec::new());
-        for pool in pools {
-            for lane in pool.lanes {
-                // A node serves the volumes whose records it has read.
-                let own = if node.is_none() { lane.volumes() } else { &[] };
-                for (volume, known) in (0..).zip(own) {
-                    exports.add(known.record.name.clone(), known.size_blocks() * BLOCK_BYTES_U64, read_only);
-                    served.push(Served {
-                        lane: lanes.len(),
-                        volume,
-                        locks: RegionLocks::default(),
-                        requests_under_way: 0,
-                        connections: 0,
-                        replica: None,
-                        terms: 0,
-                    });
-                }
-                lanes.push(ShardLane { lane, pool: spaces.len(), device: pool.device, write_pages: 0 });
-            }
-            spaces.push(pool.space);
-        }
-        assert!(lanes.len() < 256, "tokens have room for 255 lanes");
-        let syncs = spaces.iter().map(|_| DeviceSync::default()).collect();
+        let only = split(pools, 1).pop().expect("one part");
+        Shard::of_part(memory, pages, only, read_only, node)
+    }
+
+    /// One of the shards of a process.
+    ///
+    /// # Panics
+    /// If two volumes have one name, or a node is split.
+    #[must_use]
+    pub fn of_part(
+        memory: M,
+        pages: Pages,
+        part: ShardPart,
+        read_only: bool,
+        node: Option<NodeConfig>,
+    ) -> Shard<M> {
+        assert!(node.is_none() || part.shards == 1, "what nodes tell each other is for one shard");
+        let neighbours = Neighbours::new(&part);
+        let (exports, export_places) = match node {
+            None => part.exports(read_only),
+            Some(_) => (ExportTable::default(), Vec::new()),
+        };
+        let (lanes, pools) = part.into_lanes();
+        // A node serves the volumes whose records it has read.
+        let own = lanes.iter().enumerate().filter(|_| node.is_none());
+        let volumes = |(lane, shard_lane): (usize, &ShardLane)| {
+            let count = u32::try_from(shard_lane.lane.volumes().len()).expect("volumes fit 32 bits");
+            (0..count).map(move |volume| Served::new(lane, volume))
+        };
+        let served = own.flat_map(volumes).collect();
+        assert!(
+            lanes.len() < 255,
+            "tokens have room for 255 lanes, one of which stands for the pools' syncs"
+        );
         let connection_pages_max = pages.free_count() / CONNECTION_PAGES_SHARE;
         let replication = Replication::new(node, pages.free_count(), memory.len_bytes());
         let kept = connection_pages_max + replication.pages_kept() + PAGES_KEPT;
@@ -187,10 +210,11 @@ impl<M: Memory> Shard<M> {
             memory,
             pages,
             lanes,
-            spaces,
-            syncs,
+            pools,
             synced: Vec::new(),
             exports,
+            export_places,
+            neighbours,
             served,
             read_only,
             connections: (0..CONNECTIONS_MAX).map(|_| None).collect(),
@@ -245,7 +269,10 @@ impl<M: Memory> Shard<M> {
             self.resume();
             self.upkeep_replication();
             for lane in 0..self.lanes.len() {
-                self.upkeep_lane(lane);
+                // The others may have ended: a lane that began something would wait for them in vain.
+                if !self.neighbours.told_finished() {
+                    self.upkeep_lane(lane);
+                }
             }
             while let Some(ended) = self.ended_pieces.pop_front() {
                 self.finish_piece(&ended);
@@ -270,38 +297,20 @@ impl<M: Memory> Shard<M> {
     }
 
     fn finish_device_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
-        let sync = &mut self.syncs[self.lanes[lane_of_token(token)].pool];
-        if !sync.is_running(token) {
-            return self.finish_lane_operation(token, result);
+        match pool_of_sync(token) {
+            Some(pool) => self.finish_sync(pool, result.is_ok()),
+            None => self.finish_lane_operation(token, result.is_ok()),
         }
-        let mut served = std::mem::take(&mut self.synced);
-        sync.finish(result.is_ok(), &mut served);
-        for token in served.drain(..) {
-            self.finish_lane_operation(token, result);
-        }
-        self.synced = served;
     }
 
-    fn finish_lane_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
+    fn finish_lane_operation(&mut self, token: Token, good: bool) {
         let lane = lane_of_token(token);
         let token = DiskToken(token.0 & 0x00ff_ffff);
-        self.with_lane(lane, |lane, context| lane.handle_disk(context, token, result.is_ok()));
-        if result.is_err() && self.lanes[lane].lane.has_failed() {
-            self.fail_neighbours(lane);
+        self.with_lane(lane, |lane, context| lane.handle_disk(context, token, good));
+        if !good && self.lanes[lane].lane.has_failed() {
+            self.fail_pool(self.lanes[lane].pool, true);
         }
         self.take_completions(lane);
-    }
-
-    /// A failed sync is told to one caller only and may have dropped what another lane wrote, whose own next sync
-    /// would then succeed: all lanes of the device stop writing.
-    fn fail_neighbours(&mut self, failed: usize) {
-        let device = self.lanes[failed].device;
-        for lane in (0..self.lanes.len()).filter(|lane| *lane != failed) {
-            if self.lanes[lane].device == device {
-                self.with_lane(lane, Lane::fail);
-                self.take_completions(lane);
-            }
-        }
     }
 
     fn take_completions(&mut self, lane: usize) {
@@ -328,15 +337,22 @@ impl<M: Memory> Shard<M> {
 
     fn take_effects(&mut self, index: usize) {
         let ShardLane { lane, device, pool, .. } = &mut self.lanes[index];
-        let (device, sync) = (*device, &mut self.syncs[*pool]);
+        let (device, pool) = (*device, *pool);
         let token = |token: DiskToken| {
             assert!(token.0 < 1 << 24, "more device operations than tokens");
             Token(u32::try_from(index).expect("few lanes") << 24 | token.0)
         };
         while let Some(effect) = lane.poll_effect() {
-            self.effects.push_back(match effect {
+            let effect = match effect {
                 DiskEffect::Sync { token: of } => {
-                    sync.request(token(of));
+                    let (applicant, token) = (self.neighbours.this(), token(of));
+                    match &mut self.pools[pool].home {
+                        Ok(home) => home.sync.request(Applicant { shard: applicant, token }),
+                        Err(home) => self.effects.push_back(Effect::Tell {
+                            shard: *home,
+                            message: ShardMessage::SyncWanted { pool: pool_index(pool), token },
+                        }),
+                    }
                     continue;
                 }
                 DiskEffect::Read { token: of, place, memory } => Effect::DeviceRead {
@@ -352,16 +368,8 @@ impl<M: Memory> Shard<M> {
                     memory,
                     durable: false,
                 },
-            });
-        }
-    }
-
-    fn start_syncs(&mut self) {
-        for sync in &mut self.syncs {
-            if let Some(token) = sync.begin() {
-                let device = self.lanes[lane_of_token(token)].device;
-                self.effects.push_back(Effect::DeviceSync { token, device });
-            }
+            };
+            self.effects.push_back(effect);
         }
     }
 
@@ -369,35 +377,6 @@ impl<M: Memory> Shard<M> {
         self.lend_segments(index);
         self.with_lane(index, Lane::upkeep);
         self.take_completions(index);
-    }
-
-    fn lend_segments(&mut self, index: usize) {
-        let pool = self.lanes[index].pool;
-        let others =
-            || self.lanes.iter().enumerate().filter(|(other, lane)| *other != index && lane.pool == pool);
-        let needed_elsewhere = others().map(|(_, other)| other.lane.segments_needed()).sum();
-        let others_are_hungry = others().any(|(_, other)| other.lane.is_hungry());
-        let waits = self.lanes[index].lane.is_hungry();
-        let others_may_give = waits && others().any(|(_, other)| other.lane.may_give());
-        let (lane, space) = (&mut self.lanes[index].lane, &mut self.spaces[pool]);
-        if others_are_hungry {
-            while let Some(segment) = lane.spare_segment() {
-                space.take_back(segment);
-            }
-        } else {
-            for _ in 0..lane.segments_wanted() {
-                let Some((segment, pristine)) = space.lend() else { break };
-                lane.lend(segment, pristine);
-            }
-        }
-        let (segments, free) = (space.segment_count(), space.free_count());
-        lane.set_pool_share(PoolShare {
-            segments,
-            free,
-            needed_elsewhere,
-            others_are_hungry,
-            others_may_give,
-        });
     }
 
     /// Looks at connections and tasks that could not go on before.
@@ -434,6 +413,21 @@ fn lane_of_token(token: Token) -> usize {
     (token.0 >> 24) as usize
 }
 
+/// The upper eight bits of tokens of syncs, which are a pool's and no lane's.
+const SYNC_TOKENS: u32 = 0xff << 24;
+
+fn sync_token(pool: usize) -> Token {
+    Token(SYNC_TOKENS | u32::from(pool_index(pool).0))
+}
+
+fn pool_of_sync(token: Token) -> Option<usize> {
+    (token.0 & SYNC_TOKENS == SYNC_TOKENS).then_some((token.0 & !SYNC_TOKENS) as usize)
+}
+
+fn pool_index(pool: usize) -> PoolIndex {
+    PoolIndex(u16::try_from(pool).expect("few pools"))
+}
+
 impl<M: Memory> Engine for Shard<M> {
     type Memory = M;
     type Report = ShardReport;
@@ -468,6 +462,8 @@ impl<M: Memory> Engine for Shard<M> {
             Event::SendFailed { connection } => self.sent(connection, false),
             Event::Closed { connection } => self.closed(connection),
             Event::DeviceDone { token, result } => self.finish_device_operation(token, result),
+            Event::Told { from, message } => self.told(from, message),
+            Event::Adopted { connection, moved } => self.adopt(connection, *moved),
             Event::PeerAccepted { connection } => self.link_accepted(connection),
             Event::PeerConnected { node, connection } => self.link_connected(node, connection),
             Event::PeerUnreachable { node } => self.link_unreachable(node),
@@ -484,11 +480,13 @@ impl<M: Memory> Engine for Shard<M> {
         self.settled_turn = self.run_turn();
         self.relieve_hunger();
         self.finish_drain();
+        self.upkeep_pools();
         for lane in 0..self.lanes.len() {
             self.take_effects(lane);
         }
         self.start_syncs();
         self.start_sends();
+        self.finish_last();
     }
 
     fn poll_effect(&mut self) -> Option<Effect> {
@@ -502,7 +500,8 @@ impl<M: Memory> Engine for Shard<M> {
     fn poll_timeout(&self) -> Option<Moment> {
         let busy = !self.settled_turn
             || !self.ready.is_empty()
-            || self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
+            || !self.neighbours.told_finished()
+                && self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
         if busy {
             return Some(self.now);
         }
@@ -528,17 +527,14 @@ impl<M: Memory> Engine for Shard<M> {
     }
 
     fn is_drained(&self) -> bool {
-        self.last_checkpoint
-            && self
-                .lanes
-                .iter()
-                .all(|shard_lane| shard_lane.lane.is_settled() || shard_lane.lane.has_failed())
+        self.is_finished() && self.effects.is_empty() && self.others_need_nothing()
     }
 
     fn report(&self) -> ShardReport {
-        let lane = |shard_lane: &ShardLane| {
+        let lane = |(position, shard_lane): (usize, &ShardLane)| {
             let (lane, segments) = (&shard_lane.lane, shard_lane.lane.segments());
             LaneReport {
+                number: self.neighbours.lane_number(position),
                 counters: lane.counters(),
                 leaves_resident: lane.map().resident_count(),
                 leaves_dirty: lane.map().dirty_count(),
@@ -559,7 +555,7 @@ impl<M: Memory> Engine for Shard<M> {
         let count = |length: usize| u32::try_from(length).expect("bounded by limits");
         ShardReport {
             operations: self.operations.clone(),
-            lanes: self.lanes.iter().map(lane).collect(),
+            lanes: self.lanes.iter().enumerate().map(lane).collect(),
             rejections,
             connections_refused: self.connections_refused,
             connections_abandoned: self.connections_abandoned,

@@ -203,7 +203,7 @@ impl Lane {
     /// emptied: it is refused rather than left to wait for ever. One that was numbered elsewhere cannot fail singly: it
     /// waits.
     pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        if self.blocked[0].is_empty() || !self.cleaning_is_over() {
+        if self.blocked[0].is_empty() || self.is_short || !self.cleaning_is_over() {
             return;
         }
         let first = self.blocked[0].iter().position(|index| self.changes.get(*index).stamp.is_none());
@@ -250,7 +250,8 @@ impl Lane {
         }
         let new_blocks = if payload.is_some() { self.count_new_blocks(range, frames) } else { 0 };
         if stamp.is_none() && !self.has_room_for(new_blocks) {
-            if self.unapplied_new_blocks == 0 {
+            self.is_short |= self.pool_share.room_may_come;
+            if self.unapplied_new_blocks == 0 && !self.pool_share.room_may_come {
                 self.counters.refused_no_space += 1;
                 return Verdict::Refused(RequestError::NoSpace);
             }

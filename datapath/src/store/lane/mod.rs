@@ -192,6 +192,8 @@ pub struct PoolShare {
     pub others_are_hungry: bool,
     /// Another lane may still give segments back.
     pub others_may_give: bool,
+    /// There may be more than what is left here: other shards have been, or will be, asked for what they do not need.
+    pub room_may_come: bool,
 }
 
 /// What a lane has counted since it was opened.
@@ -300,6 +302,8 @@ pub struct Lane {
     unapplied_new_blocks: u64,
     /// Leaves that changes under way will make dirty; one that several change counts several times.
     unapplied_leaves: u64,
+    /// A change waits because there may be more room elsewhere.
+    is_short: bool,
     /// Promises in effect that may not be on stable media: batch number, volume, epoch.
     unsynced_promises: Vec<(u64, u32, u32)>,
     leaf_loads: LeafLoads,
@@ -394,6 +398,7 @@ impl Lane {
             blocked: Default::default(),
             unapplied_new_blocks: 0,
             unapplied_leaves: 0,
+            is_short: false,
             unsynced_promises: Vec::new(),
             leaf_loads,
             syncer: Syncer::default(),
@@ -483,6 +488,12 @@ impl Lane {
             && self.segments.free_count() <= self.segments_kept(StreamKind::Client) + 1
     }
 
+    /// Does a change wait for room that other shards may have?
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.is_short
+    }
+
     /// Another lane is hungry: a free segment that this one can spare.
     pub fn spare_segment(&mut self) -> Option<SegmentIndex> {
         let kept = self.segments_kept(StreamKind::Client) + 2;
@@ -565,6 +576,7 @@ impl Lane {
 
     /// Once per turn, after all events: writes what has gathered, and works in the background.
     pub fn upkeep<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        self.is_short = false;
         if self.failed {
             return;
         }

@@ -131,14 +131,15 @@ impl Subject for CanarySubject {
         setup: &Setup,
         _now: Moment,
         disk: &mut DiskReader<'_>,
-        memory: SimMemory,
-    ) -> Result<Canary, StartError> {
+        memories: Vec<SimMemory>,
+    ) -> Result<Vec<Canary>, StartError> {
         let mut label = [0; 6];
         disk.read_at(0, &mut label).map_err(|error| StartError::Read(format!("{error:?}")))?;
         if &label != b"canary" {
             return Err(StartError::Refused(format!("the label is {label:?}")));
         }
-        Ok(Canary::new(memory, places(setup), setup.durable_acks, self.bug))
+        let canary = |memory| Canary::new(memory, places(setup), setup.durable_acks, self.bug);
+        Ok(memories.into_iter().map(canary).collect())
     }
 
     fn counts(&self, _engine: &Canary) -> SubjectCounts {

@@ -65,6 +65,8 @@ pub struct ClientPlan {
     pub curious: bool,
     /// Requests in flight at once.
     pub depth: usize,
+    /// Do not wait for the answer to the choice of the volume: requests follow it at once.
+    pub eager: bool,
     /// Another node may be where the volume is to be had.
     pub elsewhere: bool,
 }
@@ -82,6 +84,7 @@ impl ClientPlan {
             export_name: random.percent(15),
             curious: random.percent(20),
             depth: to_usize(random.skewed(1..=48)),
+            eager: random.percent(30),
             elsewhere: false,
         }
     }
@@ -207,7 +210,13 @@ impl Client {
     /// May it send requests?
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.phase == Phase::Ready && !self.disconnecting
+        // Nothing but the choice of the volume is still to be answered.
+        let has_chosen = match self.phase {
+            Phase::Options => self.steps.as_slice() == [Step::Go],
+            phase => phase == Phase::ExportName,
+        };
+        let ready = self.phase == Phase::Ready || has_chosen && self.plan.eager && !self.plan.elsewhere;
+        ready && !self.disconnecting
     }
 
     /// How many more requests it may send now.

@@ -53,7 +53,7 @@ impl World {
     pub(super) fn check_node(&mut self, node: usize) {
         let Some(life) = &self.nodes[node].life else { return };
         let mut started = Vec::new();
-        for state in life.driver.engine.replicas() {
+        for state in life.driver.engine().replicas() {
             let volume = position(state.record.volume);
             if let Some(promised) = state.promised {
                 let before = std::mem::replace(&mut self.checks.promised[node][volume], promised);
@@ -96,7 +96,7 @@ impl World {
         for member in record.in_sync.iter().map(|member| index(*member)) {
             let durable = match &self.nodes[member].life {
                 Some(life) => {
-                    let mut replicas = life.driver.engine.replicas();
+                    let mut replicas = life.driver.engine().replicas();
                     let state = replicas.find(|state| position(state.record.volume) == volume);
                     state.and_then(|state| state.durable)
                 }

@@ -426,7 +426,7 @@ impl World {
         let Some(driver) = self.nodes[node].at(self.now_ns) else { return };
         let calls = driver.take_calls();
         let mut proposals = Vec::new();
-        while let Some(record) = datapath::engine::ports::Engine::poll_proposal(&mut driver.engine) {
+        while let Some(record) = datapath::engine::ports::Engine::poll_proposal(driver.engine_mut()) {
             proposals.push(record);
         }
         for called in calls {

@@ -144,7 +144,8 @@ impl Node {
         let mut memory = self.memory.take().unwrap_or_else(|| SimMemory::new(plan.total_bytes));
         memory.reset();
         let shard = self.open(pool, memory, random.bits());
-        let mut driver = Driver::new(shard, disk, clock.show(world_ns), &plan, random.fork("driver", 0));
+        let mut driver =
+            Driver::new(vec![shard], disk, clock.show(world_ns), &plan, random.fork("driver", 0));
         driver.allow_calls();
         self.life = Some(Life { driver, clock, told: vec![false; volumes] });
         Ok(())
@@ -225,7 +226,7 @@ impl Node {
 
     /// Were blocks given up because they could not be read?
     pub(super) fn has_lost(&self) -> bool {
-        self.lost || self.life.as_ref().is_some_and(|life| lost_blocks(&life.driver.engine) > 0)
+        self.lost || self.life.as_ref().is_some_and(|life| lost_blocks(life.driver.engine()) > 0)
     }
 
     /// Has the disk given cause for errors?
@@ -241,15 +242,15 @@ impl Node {
             }
             return;
         };
-        let (memory, mut disk, _, engine) = life.driver.dismantle();
-        self.lost |= lost_blocks(&engine) > 0;
+        let (memories, mut disk, _, engines) = life.driver.dismantle();
+        self.lost |= engines.iter().any(|engine| lost_blocks(engine) > 0);
         if power_cut {
             disk.cut_power();
         } else {
             disk.kill();
         }
         disk.faults.stalls = 0;
-        (self.disk, self.memory) = (Some(disk), Some(memory));
+        (self.disk, self.memory) = (Some(disk), memories.into_iter().next());
     }
 
     pub(super) fn disk(&self) -> &Disk {
@@ -287,14 +288,14 @@ impl Node {
                 self.boots,
                 life.driver.now(),
                 life.told,
-                life.driver.engine.describe()
+                life.driver.engine().describe()
             ),
             None => format!("{:?} is down", self.plan.id),
         }
     }
 
     pub(super) fn report_no_space(&self) -> u64 {
-        let lanes = self.life.iter().flat_map(|life| life.driver.engine.lanes());
+        let lanes = self.life.iter().flat_map(|life| life.driver.engine().lanes());
         lanes.map(|lane| lane.counters().refused_no_space).sum()
     }
 

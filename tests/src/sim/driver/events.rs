@@ -16,9 +16,11 @@ pub(super) fn connection_of(event: &Event) -> Option<ConnectionId> {
         | Event::Sent { connection }
         | Event::SendFailed { connection }
         | Event::Closed { connection }
+        | Event::Adopted { connection, .. }
         | Event::PeerAccepted { connection }
         | Event::PeerConnected { connection, .. } => Some(*connection),
         Event::DeviceDone { .. }
+        | Event::Told { .. }
         | Event::PeerUnreachable { .. }
         | Event::Record(_)
         | Event::Timeout
@@ -45,6 +47,8 @@ pub(super) fn note_event(now: Moment, event: &Event) {
         Event::DeviceDone { token, result } => {
             ("device done token, failed", [token.0.into(), u64::from(result.is_err()), 0])
         }
+        Event::Told { from, .. } => ("told by", [from.0.into(), 0, 0]),
+        Event::Adopted { connection, .. } => ("adopted connection", [connection.0.into(), 0, 0]),
         Event::PeerAccepted { connection } => ("peer accepted connection", [connection.0.into(), 0, 0]),
         Event::PeerConnected { node, connection } => {
             ("peer connected node, connection", [node.0.into(), connection.0.into(), 0])

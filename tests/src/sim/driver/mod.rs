@@ -3,31 +3,36 @@
 
 mod events;
 mod node;
+mod threads;
 
-use datapath::engine::ports::{ConnectionId, DeviceIndex, Effect, Engine, Event, PeerAddress, Token};
+use datapath::engine::ports::{
+    ConnectionId, DeviceIndex, Effect, Engine, Event, PeerAddress, ReceiveBuffer, Token,
+};
+use datapath::engine::shard_message::ShardIndex;
 use datapath::limits::{CONNECTIONS_MAX, SEND_PIECES_MAX};
 use datapath::record::NodeId;
 use datapath::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 
-use self::events::{connection_of, note_event};
+use self::events::connection_of;
+use self::threads::{Mail, Post, Thread};
 use super::bytes::ByteQueue;
 use super::clock::Agenda;
 use super::disk::{Disk, OperationIndex};
 use super::memory::{Lending, SimMemory};
-use super::network::{Cutting, Pipe, Progress, ReceiveBuffers};
+use super::network::{Cutting, Pipe, Progress};
 use super::random::Random;
 use super::subject::MemoryPlan;
 use super::trace;
 
-/// Effects of one turn that no honest engine exceeds.
-const EFFECTS_PER_TURN_MAX: u32 = 100_000;
-
 #[derive(Clone, Copy, Debug)]
 enum Happening {
-    Turn,
+    Turn(usize),
     /// A turn whose clock was read long before.
-    LateTurn,
-    Timeout,
+    LateTurn(usize),
+    Timeout(usize),
+    Drain(usize),
+    /// From one thread to another.
+    Mail(usize, usize),
     Device(OperationIndex),
     Arrive(ConnectionId),
     Depart(ConnectionId),
@@ -68,6 +73,9 @@ pub enum Notice {
 #[derive(Debug)]
 struct Connection {
     pipe: Pipe,
+    /// Whose it is, and who accepted it if it has moved.
+    thread: usize,
+    origin: Option<usize>,
     input: ByteQueue,
     reading_paused: bool,
     arrival_planned: bool,
@@ -92,6 +100,7 @@ enum Purpose {
 
 #[derive(Clone, Copy, Debug)]
 struct DeviceOperation {
+    thread: usize,
     token: Token,
     purpose: Purpose,
     memory: MemoryRange,
@@ -108,60 +117,44 @@ pub struct DriverCounts {
     pub happenings: u64,
 }
 
-/// Drives one life of an engine.
+/// Drives one life of a process: one engine for each of its threads.
 #[derive(Debug)]
 pub struct Driver<E> {
-    /// The engine.
-    pub engine: E,
-    /// Its disk.
+    /// The disk of all.
     pub disk: Disk,
     /// What happened so far in this life.
     pub counts: DriverCounts,
+    threads: Vec<Thread<E>>,
+    post: Post,
+    moves: u64,
     agenda: Agenda<Happening>,
+    /// Whichever thread they belong to, each has a number of its own.
     connections: Vec<Option<Connection>>,
-    buffers: ReceiveBuffers,
-    inbox: Vec<Event>,
     operations: Vec<Option<DeviceOperation>>,
-    turn_planned: bool,
-    timeout_planned: Option<Moment>,
-    /// The engine is at work until then; what happens meanwhile waits for its next turn.
-    busy_until: Moment,
-    /// The next turn reads its clock and then sleeps for so many nanoseconds before it does anything.
-    sleep_ns: u64,
-    /// What the turn that sleeps has been told, and the clock that it read.
-    asleep: Option<(Moment, Vec<Event>)>,
     /// Other nodes that the engine calls; nothing if it has none, so that every call fails at once.
     calls: Option<Vec<NodeId>>,
     random: Random,
 }
 
 impl<E: Engine<Memory = SimMemory>> Driver<E> {
-    /// Takes charge of an engine that has just been started.
-    pub fn new(mut engine: E, disk: Disk, now: Moment, plan: &MemoryPlan, random: Random) -> Driver<E> {
-        let buffers = ReceiveBuffers::new(
-            plan.receive_buffer,
-            plan.receive_buffer_count,
-            engine.memory(),
-            random.fork("receive buffers", 0),
-        );
+    /// Takes charge of engines that have just been started, one for each thread.
+    pub fn new(engines: Vec<E>, disk: Disk, now: Moment, plan: &MemoryPlan, random: Random) -> Driver<E> {
+        let threads = (0..).zip(engines);
+        let threads =
+            threads.map(|(thread, engine)| Thread::new(engine, now, plan, &random.fork("thread", thread)));
         let mut driver = Driver {
-            engine,
+            threads: threads.collect(),
             disk,
             counts: DriverCounts::default(),
+            post: Post::default(),
+            moves: 0,
             agenda: Agenda::new(now),
             connections: Vec::new(),
-            buffers,
-            inbox: Vec::new(),
             operations: Vec::new(),
-            turn_planned: false,
-            timeout_planned: None,
-            busy_until: now,
-            sleep_ns: 0,
-            asleep: None,
             calls: None,
             random,
         };
-        driver.plan_turn();
+        (0..driver.threads.len()).for_each(|thread| driver.plan_turn(thread));
         driver
     }
 
@@ -178,17 +171,19 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
 
     /// A client connects.
     pub fn connect(&mut self) -> ConnectionId {
-        let id = self.open_pipe();
+        let thread = self.random.index(self.threads.len());
+        let id = self.open_pipe(thread);
         let host = u128::from(self.random.below(4));
         let peer = if host == 0 { PeerAddress::Unix } else { PeerAddress::Internet(host.into()) };
-        self.tell(Event::Accepted { connection: id, peer });
+        self.tell(thread, Event::Accepted { connection: id, peer });
         id
     }
 
-    fn open_pipe(&mut self) -> ConnectionId {
+    fn open_pipe(&mut self, thread: usize) -> ConnectionId {
         // A turn's events come in any order, so an id whose end is still to be told is not free.
-        let asleep = self.asleep.iter().flat_map(|(_, events)| events);
-        let untold: Vec<ConnectionId> = self.inbox.iter().chain(asleep).filter_map(connection_of).collect();
+        let asleep = self.threads.iter().flat_map(|thread| &thread.asleep).flat_map(|(_, events)| events);
+        let inboxes = self.threads.iter().flat_map(|thread| &thread.inbox);
+        let untold: Vec<ConnectionId> = inboxes.chain(asleep).filter_map(connection_of).collect();
         let told = |index: usize| untold.iter().all(|id| id.0 as usize != index);
         let free =
             (0..self.connections.len()).find(|index| self.connections[*index].is_none() && told(*index));
@@ -201,6 +196,8 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let cutting = *self.random.pick(&[Cutting::Whole, Cutting::Anywhere, Cutting::Crumbs]);
         self.connections[index] = Some(Connection {
             pipe: Pipe::new(id, cutting),
+            thread,
+            origin: None,
             input: ByteQueue::default(),
             reading_paused: false,
             arrival_planned: false,
@@ -246,7 +243,8 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         if open
             .is_some_and(|open| open.watched && open.client_left && !open.closed && !open.pipe.is_closing())
         {
-            self.tell(Event::HungUp { connection: id });
+            let thread = self.connection(id).thread;
+            self.tell(thread, Event::HungUp { connection: id });
         }
     }
 
@@ -266,15 +264,11 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         self.connection(id).pipe.is_at_end_for_client()
     }
 
-    /// Tells the engine to stop.
-    pub fn drain(&mut self) {
-        self.tell(Event::Drain);
-    }
-
     /// Is nothing under way at the devices or on the connections?
     #[must_use]
     pub fn is_quiet(&self) -> bool {
-        self.inbox.is_empty() && self.operations.iter().all(Option::is_none)
+        let unheard = self.threads.iter().any(|thread| !thread.ended && !thread.inbox.is_empty());
+        !unheard && self.operations.iter().all(Option::is_none)
     }
 
     /// What the driver holds, for the message of a failure.
@@ -283,24 +277,29 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let pipes: Vec<&Pipe> =
             self.connections.iter().flatten().map(|connection| &connection.pipe).collect();
         let operations = self.operations.iter().flatten().count();
+        let buffers: Vec<_> = self
+            .threads
+            .iter()
+            .map(|thread| (thread.buffers.lent_out_count(), thread.buffers.count(), thread.ended))
+            .collect();
         format!(
-            "receive buffers with the engine: {} of {}; device operations under way: {operations}\n{pipes:#?}",
-            self.buffers.lent_out_count(),
-            self.buffers.count()
+            "receive buffers with the engines, in all, ended: {buffers:?}; device operations under way: {operations}\n{pipes:#?}"
         )
     }
 
     /// Asserts that the engine has returned what it borrowed, once it has no connections.
     pub fn assert_buffers_returned(&self) {
         if self.connections.iter().all(Option::is_none) {
-            assert_eq!(self.buffers.lent_out_count(), 0, "receive buffers leak");
+            let lent = self.threads.iter().map(|thread| thread.buffers.lent_out_count()).sum::<usize>();
+            assert_eq!(lent, 0, "receive buffers leak");
         }
     }
 
     /// Ends this life.
-    pub fn dismantle(mut self) -> (SimMemory, Disk, Moment, E) {
-        let memory = std::mem::take(self.engine.memory());
-        (memory, self.disk, self.agenda.now(), self.engine)
+    pub fn dismantle(self) -> (Vec<SimMemory>, Disk, Moment, Vec<E>) {
+        let mut engines: Vec<E> = self.threads.into_iter().map(|thread| thread.engine).collect();
+        let memories = engines.iter_mut().map(|engine| std::mem::take(engine.memory())).collect();
+        (memories, self.disk, self.agenda.now(), engines)
     }
 
     /// Lets the next thing happen.
@@ -308,23 +307,28 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let Some(happening) = self.agenda.advance() else { return Notice::Dead };
         self.counts.happenings += 1;
         match happening {
-            Happening::Turn => {
-                return self.begin_turn();
+            Happening::Turn(thread) => {
+                return self.begin_turn(thread);
             }
-            Happening::LateTurn => {
-                let (now, events) = self.asleep.take().expect("a turn that sleeps");
-                self.take_turn(now, events);
+            Happening::LateTurn(thread) => {
+                let (now, events) = self.threads[thread].asleep.take().expect("a turn that sleeps");
+                self.take_turn(thread, now, events);
                 return Notice::Turn;
             }
-            Happening::Timeout => {
+            Happening::Timeout(thread) => {
                 let now = self.now();
-                self.timeout_planned = None;
-                match self.engine.poll_timeout() {
-                    Some(moment) if moment <= now => self.tell(Event::Timeout),
-                    Some(moment) => self.plan_timeout(moment),
+                self.threads[thread].timeout_planned = None;
+                match self.threads[thread].engine.poll_timeout() {
+                    Some(moment) if moment <= now => self.tell(thread, Event::Timeout),
+                    Some(moment) => self.plan_timeout(thread, moment),
                     None => {}
                 }
             }
+            Happening::Drain(thread) => {
+                self.threads[thread].draining = true;
+                self.tell(thread, Event::Drain);
+            }
+            Happening::Mail(from, to) => self.receive_mail(from, to),
             Happening::Device(index) => self.finish_device_operation(index),
             Happening::Arrive(id) => self.arrive(id),
             Happening::Depart(id) => self.depart(id),
@@ -346,79 +350,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         self.connections[id.0 as usize].as_mut().expect("an open connection")
     }
 
-    fn tell(&mut self, event: Event) {
-        self.inbox.push(event);
-        self.plan_turn();
-    }
-
-    fn plan_turn(&mut self) {
-        if !self.turn_planned {
-            self.turn_planned = true;
-            let moment = self.busy_until.max(self.now());
-            self.agenda.at(moment, Happening::Turn);
-        }
-    }
-
-    fn begin_turn(&mut self) -> Notice {
-        self.turn_planned = false;
-        let now = self.now();
-        if self.asleep.is_some() {
-            return Notice::Nothing;
-        }
-        if self.busy_until > now {
-            // It was planned before the thread was told to pause.
-            self.plan_turn();
-            return Notice::Nothing;
-        }
-        let events = std::mem::take(&mut self.inbox);
-        let sleep_ns = std::mem::take(&mut self.sleep_ns);
-        if sleep_ns > 0 {
-            self.asleep = Some((now, events));
-            self.agenda.after_ns(sleep_ns, Happening::LateTurn);
-            return Notice::Nothing;
-        }
-        self.take_turn(now, events);
-        Notice::Turn
-    }
-
-    /// `now` is what the engine's thread read on its clock after the last of these events.
-    fn take_turn(&mut self, now: Moment, mut events: Vec<Event>) {
-        self.counts.turns += 1;
-        let unheard = !self.inbox.is_empty();
-        if self.random.percent(50) {
-            self.random.shuffle(&mut events);
-        }
-        for event in events.drain(..) {
-            note_event(now, &event);
-            self.engine.handle_event(now, event);
-        }
-        if !unheard {
-            self.inbox = events;
-        }
-        self.engine.finish_turn(now);
-        let mut effects = 0;
-        while let Some(effect) = self.engine.poll_effect() {
-            effects += 1;
-            assert!(effects < EFFECTS_PER_TURN_MAX, "the engine never runs out of effects");
-            self.start_effect(effect);
-        }
-        self.busy_until = self.now().after_ns(self.random.range(500..=20_000));
-        if unheard {
-            self.plan_turn();
-        }
-        if let Some(moment) = self.engine.poll_timeout() {
-            self.plan_timeout(moment.max(self.busy_until));
-        }
-    }
-
-    fn plan_timeout(&mut self, moment: Moment) {
-        if self.timeout_planned.is_none_or(|planned| moment < planned) {
-            self.timeout_planned = Some(moment);
-            self.agenda.at(moment, Happening::Timeout);
-        }
-    }
-
-    fn start_effect(&mut self, effect: Effect) {
+    fn start_effect(&mut self, thread: usize, effect: Effect) {
         let now = self.now();
         match effect {
             Effect::DeviceRead { token, device, offset_bytes, memory } => {
@@ -428,9 +360,12 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                     [token.0.into(), offset_bytes, memory.len.into()],
                 );
                 self.assert_device_range(device, offset_bytes, memory, 512);
-                self.engine.memory().lend(memory, Lending::Exclusive, &mut self.random);
+                self.threads[thread].engine.memory().lend(memory, Lending::Exclusive, &mut self.random);
                 let started = self.disk.start_read(offset_bytes, memory.len as usize);
-                self.note_operation(started, DeviceOperation { token, purpose: Purpose::Read, memory });
+                self.note_operation(
+                    started,
+                    DeviceOperation { thread, token, purpose: Purpose::Read, memory },
+                );
             }
             Effect::DeviceWrite { token, device, offset_bytes, memory, durable } => {
                 trace::note(
@@ -440,46 +375,62 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                 );
                 self.assert_device_range(device, offset_bytes, memory, BLOCK_BYTES_U64);
                 self.counts.device_writes += 1;
-                self.engine.memory().lend(memory, Lending::Shared, &mut self.random);
-                let bytes = self.engine.memory().driver_bytes(memory);
+                self.threads[thread].engine.memory().lend(memory, Lending::Shared, &mut self.random);
+                let bytes = self.threads[thread].engine.memory().driver_bytes(memory);
                 let started = self.disk.start_write(offset_bytes, bytes, durable);
-                self.note_operation(started, DeviceOperation { token, purpose: Purpose::Write, memory });
+                self.note_operation(
+                    started,
+                    DeviceOperation { thread, token, purpose: Purpose::Write, memory },
+                );
             }
             Effect::DeviceSync { token, device } => {
                 trace::note(now, "device sync token", [token.0.into(), 0, 0]);
                 assert_eq!(device, DeviceIndex(0), "the world has one disk");
                 let started = self.disk.start_sync();
                 let memory = MemoryRange::default();
-                self.note_operation(started, DeviceOperation { token, purpose: Purpose::Sync, memory });
+                self.note_operation(
+                    started,
+                    DeviceOperation { thread, token, purpose: Purpose::Sync, memory },
+                );
             }
-            Effect::Receive { connection } => self.start_receive(connection, None),
-            Effect::ReceiveExact { connection, memory } => self.start_receive(connection, Some(memory)),
+            Effect::Receive { connection } => self.start_receive(thread, connection, None),
+            Effect::ReceiveExact { connection, memory } => {
+                self.start_receive(thread, connection, Some(memory));
+            }
+            Effect::Tell { shard, message } => {
+                trace::note(now, "tell: from, to", [thread as u64, shard.0.into(), 0]);
+                self.post(thread, shard, Mail::Message(message));
+            }
+            Effect::HandOver { connection, to, moved } => self.hand_over(thread, connection, to, moved),
             Effect::WatchHangUp { connection } => {
-                let watched = &mut self.open_connection(connection).watched;
+                let watched = &mut self.open_connection(thread, connection).watched;
                 assert!(!*watched, "a second watch on {connection:?}");
                 *watched = true;
                 self.plan_hang_up(connection);
             }
-            Effect::Recycle { buffer } => {
-                self.buffers.recycle(buffer, self.engine.memory());
-                for index in 0..self.connections.len() {
-                    if self.connections[index].as_ref().is_some_and(|connection| connection.pipe.is_busy()) {
-                        self.plan_arrival(ConnectionId(crate::to_u32(index)));
-                    }
-                }
-            }
-            Effect::Send { connection } => self.start_send(connection),
+            Effect::Recycle { buffer } => self.recycle(thread, buffer),
+            Effect::Send { connection } => self.start_send(thread, connection),
             Effect::Connect { node } => match &mut self.calls {
                 Some(calls) => calls.push(node),
-                None => self.tell(Event::PeerUnreachable { node }),
+                None => self.tell(thread, Event::PeerUnreachable { node }),
             },
             Effect::Close { connection } => {
                 trace::note(now, "close connection", [connection.0.into(), 0, 0]);
-                self.open_connection(connection).pipe.start_close();
+                self.open_connection(thread, connection).pipe.start_close();
                 self.plan_arrival(connection);
                 self.plan_departure(connection);
                 self.plan_close(connection);
                 self.plan_delivery(connection);
+            }
+        }
+    }
+
+    fn recycle(&mut self, thread: usize, buffer: ReceiveBuffer) {
+        let state = &mut self.threads[thread];
+        state.buffers.recycle(buffer, state.engine.memory());
+        for index in 0..self.connections.len() {
+            if self.connections[index].as_ref().is_some_and(|connection| connection.pipe.is_busy()) {
+                self.plan_arrival(ConnectionId(crate::to_u32(index)));
             }
         }
     }
@@ -511,7 +462,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     fn note_operation(&mut self, (index, delay_ns): (OperationIndex, u64), operation: DeviceOperation) {
         let mut others = self.operations.iter().flatten();
         assert!(
-            others.all(|other| other.token != operation.token),
+            others.all(|other| (other.thread, other.token) != (operation.thread, operation.token)),
             "{:?} is under way twice",
             operation.token
         );
@@ -525,7 +476,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
 
     fn finish_device_operation(&mut self, index: OperationIndex) {
         let operation = self.operations[index.0].take().expect("the operation is under way");
-        let memory = self.engine.memory();
+        let memory = self.threads[operation.thread].engine.memory();
         let result = match operation.purpose {
             Purpose::Read => {
                 let result = self.disk.finish(index, memory.driver_bytes_mut(operation.memory));
@@ -538,40 +489,44 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
             }
             Purpose::Sync => self.disk.finish(index, &mut []),
         };
-        self.tell(Event::DeviceDone { token: operation.token, result });
+        self.tell(operation.thread, Event::DeviceDone { token: operation.token, result });
     }
 
     /// The connection of an effect: one that the engine has not been told is gone.
-    fn open_connection(&mut self, id: ConnectionId) -> &mut Connection {
+    fn open_connection(&mut self, thread: usize, id: ConnectionId) -> &mut Connection {
         let connection = self.connections.get_mut(id.0 as usize).and_then(Option::as_mut);
         let connection = connection.unwrap_or_else(|| panic!("{id:?} does not exist"));
+        assert_eq!(connection.thread, thread, "{id:?} is another thread's");
         assert!(!connection.closed, "{id:?} is gone, and the engine was told so");
         connection
     }
 
-    fn start_receive(&mut self, id: ConnectionId, exact: Option<MemoryRange>) {
-        self.open_connection(id);
+    fn start_receive(&mut self, thread: usize, id: ConnectionId, exact: Option<MemoryRange>) {
+        self.open_connection(thread, id);
         let connection = self.connections[id.0 as usize].as_mut().expect("checked above");
-        connection.pipe.start_receive(exact, self.engine.memory(), &mut self.random);
+        let memory = self.threads[thread].engine.memory();
+        connection.pipe.start_receive(exact, memory, &mut self.random);
         self.plan_arrival(id);
     }
 
-    fn start_send(&mut self, id: ConnectionId) {
-        self.open_connection(id);
-        let pieces = self.engine.send_pieces(id).to_vec();
+    fn start_send(&mut self, thread: usize, id: ConnectionId) {
+        self.open_connection(thread, id);
+        let pieces = self.threads[thread].engine.send_pieces(id).to_vec();
         assert!(pieces.len() <= SEND_PIECES_MAX, "{} pieces in one send", pieces.len());
         let connection = self.connections[id.0 as usize].as_mut().expect("checked above");
-        connection.pipe.start_send(&pieces, self.engine.memory(), &mut self.random);
+        connection.pipe.start_send(&pieces, self.threads[thread].engine.memory(), &mut self.random);
         self.plan_departure(id);
     }
 
     fn arrive(&mut self, id: ConnectionId) {
         let Some(connection) = &mut self.connections[id.0 as usize] else { return };
         connection.arrival_planned = false;
-        match connection.pipe.arrive(self.engine.memory(), &mut self.buffers, &mut self.random) {
+        let thread = connection.thread;
+        let Thread { engine, buffers, .. } = &mut self.threads[thread];
+        match connection.pipe.arrive(engine.memory(), buffers, &mut self.random) {
             Progress::Blocked => {}
             Progress::Some => self.plan_arrival(id),
-            Progress::Event(event) => self.tell(event),
+            Progress::Event(event) => self.tell(thread, event),
         }
         self.plan_close(id);
     }
@@ -579,10 +534,11 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     fn depart(&mut self, id: ConnectionId) {
         let Some(connection) = &mut self.connections[id.0 as usize] else { return };
         connection.departure_planned = false;
-        match connection.pipe.depart(self.engine.memory(), &mut self.random) {
+        let thread = connection.thread;
+        match connection.pipe.depart(self.threads[thread].engine.memory(), &mut self.random) {
             Progress::Blocked => {}
             Progress::Some => self.plan_departure(id),
-            Progress::Event(event) => self.tell(event),
+            Progress::Event(event) => self.tell(thread, event),
         }
         self.plan_delivery(id);
         self.plan_close(id);
@@ -613,13 +569,23 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
 
     fn finish_close(&mut self, id: ConnectionId) {
         // The ends of its operations, which may wait for the same turn, come first.
-        if self.inbox.iter().any(|event| connection_of(event) == Some(id)) {
+        let thread = self.connection(id).thread;
+        if self.threads[thread].inbox.iter().any(|event| connection_of(event) == Some(id)) {
             self.agenda.after_ns(1_000, Happening::Closed(id));
             return;
         }
-        self.connection(id).closed = true;
-        self.tell(Event::Closed { connection: id });
-        self.forget_if_gone(id);
+        self.tell(thread, Event::Closed { connection: id });
+        match self.connection(id).origin {
+            // The place is free when the one who accepted has heard it, too.
+            Some(origin) => {
+                let origin = ShardIndex(u16::try_from(origin).expect("few threads"));
+                self.post(thread, origin, Mail::Gone(id));
+            }
+            None => {
+                self.connection(id).closed = true;
+                self.forget_if_gone(id);
+            }
+        }
     }
 
     /// An id is free for the next connection once engine and client are both done with it.

@@ -1,4 +1,4 @@
-//! What a driver does besides when its engine is one node of several: the world decides about calls and records, and
+//! What a driver does besides when its one engine is a node among several: the world decides about calls and records, and
 //! about whose turn it is.
 
 use datapath::engine::ports::{ConnectionId, Engine, Event};
@@ -11,22 +11,25 @@ use crate::sim::memory::SimMemory;
 impl<E: Engine<Memory = SimMemory>> Driver<E> {
     /// There is a connection to another node: to the one that the engine called, or from one that called.
     pub fn connect_node(&mut self, called: Option<NodeId>) -> ConnectionId {
-        let id = self.open_pipe();
-        self.tell(match called {
-            Some(node) => Event::PeerConnected { node, connection: id },
-            None => Event::PeerAccepted { connection: id },
-        });
+        let id = self.open_pipe(0);
+        self.tell(
+            0,
+            match called {
+                Some(node) => Event::PeerConnected { node, connection: id },
+                None => Event::PeerAccepted { connection: id },
+            },
+        );
         id
     }
 
     /// The node that the engine called cannot be reached.
     pub fn refuse_call(&mut self, node: NodeId) {
-        self.tell(Event::PeerUnreachable { node });
+        self.tell(0, Event::PeerUnreachable { node });
     }
 
     /// The engine reads a record.
     pub fn tell_record(&mut self, record: Record) {
-        self.tell(Event::Record(Box::new(record)));
+        self.tell(0, Event::Record(Box::new(record)));
     }
 
     /// From now on calls of other nodes are the caller's to answer.
@@ -53,10 +56,11 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     /// The engine's thread gets no time for so long. If `late`, it has just read its clock for a turn.
     pub fn pause(&mut self, nanoseconds: u64, late: bool) {
         if late {
-            self.sleep_ns = nanoseconds;
-            return self.plan_turn();
+            self.threads[0].sleep_ns = nanoseconds;
+            return self.plan_turn(0);
         }
-        self.busy_until = self.busy_until.max(self.now().after_ns(nanoseconds));
+        let until = self.now().after_ns(nanoseconds);
+        self.threads[0].busy_until = self.threads[0].busy_until.max(until);
     }
 
     /// Whoever is on the other side of a connection takes no bytes, or takes them again.

@@ -1,6 +1,6 @@
 //! One life of an engine: clients come, ask, check and go until something ends it.
 
-use datapath::engine::ports::{ConnectionId, Engine};
+use datapath::engine::ports::ConnectionId;
 use datapath::units::Moment;
 
 use super::{Subject, World};
@@ -132,7 +132,7 @@ pub(super) struct Life<'w, 'a, S: Subject> {
 
 impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     pub(super) fn new(
-        engine: S::Engine,
+        engines: Vec<S::Engine>,
         disk: Disk,
         now: Moment,
         plan: &MemoryPlan,
@@ -141,7 +141,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         mut random: Random,
     ) -> Life<'w, 'a, S> {
         let (errors_at_start, rotten) = (disk.counts.errors, disk.is_rotten());
-        let driver = Driver::new(engine, disk, now, plan, random.fork("driver", 0));
+        let driver = Driver::new(engines, disk, now, plan, random.fork("driver", 0));
         Life {
             driver,
             sessions: Vec::new(),
@@ -182,7 +182,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         let ended = match self.driver.step() {
             Notice::Nothing => false,
             Notice::Turn => {
-                if self.stage == Stage::Draining && self.driver.engine.is_drained() {
+                if self.stage == Stage::Draining && self.driver.is_drained() {
                     return Some(self.finish_drain());
                 }
                 self.triggered()
@@ -520,7 +520,9 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     }
 
     fn describe(&self) -> String {
-        format!("{}{}", self.world.subject.describe(&self.driver.engine), self.driver.describe())
+        let engines: String =
+            self.driver.engines().map(|engine| self.world.subject.describe(engine)).collect();
+        format!("{engines}{}", self.driver.describe())
     }
 
     /// Is anything stuck?

@@ -79,6 +79,10 @@ pub struct Report {
     pub disk_written_bytes: u64,
     /// Turns of the engines.
     pub turns: u64,
+    /// Threads of all lives together.
+    pub threads: u64,
+    /// Connections that moved from one thread to another.
+    pub moves: u64,
     /// Virtual time.
     pub virtual_ns: u64,
     /// What the subject did.
@@ -105,6 +109,8 @@ impl Report {
         self.flipped_bits += other.flipped_bits;
         self.disk_written_bytes += other.disk_written_bytes;
         self.turns += other.turns;
+        self.threads += other.threads;
+        self.moves += other.moves;
         self.virtual_ns += other.virtual_ns;
         self.subject.add(&other.subject);
         self.digest ^= other.digest;
@@ -147,7 +153,8 @@ struct World<'a, S: Subject> {
     oracles: Vec<Oracle>,
     /// Lent to the engine while it lives.
     disk: Option<Disk>,
-    memory: Option<SimMemory>,
+    /// Of one thread each, from earlier lives.
+    memories: Vec<SimMemory>,
     now: Moment,
     random: Random,
     report: Report,
@@ -180,7 +187,7 @@ impl<'a, S: Subject> World<'a, S> {
         let now = Moment(random.range(0..=1 << 40));
         World {
             oracles: oracles.collect(),
-            memory: None,
+            memories: Vec::new(),
             disk: Some(disk),
             subject,
             setup,
@@ -212,23 +219,30 @@ impl<'a, S: Subject> World<'a, S> {
         let number = self.report.lives;
         let mut random = self.random.fork("life", number);
         self.prepare_disk(last, &mut random);
-        let Some(engine) = self.start() else { return false };
+        let threads = self.subject.draw_threads(&self.setup, &mut random.fork("threads", 0));
+        let Some(engines) = self.start(threads) else { return false };
         self.report.lives += 1;
+        self.report.threads += threads as u64;
         let ending = match (last, self.setup.slant.short_lives) {
             (true, _) => Ending::last(),
             (false, true) => Ending::draw_early(&mut random),
             (false, false) => Ending::draw(&mut random),
         };
-        trace::note(self.now, "life begins: number, last", [number, u64::from(last), 0]);
+        trace::note(
+            self.now,
+            "life begins: number, last, threads",
+            [number, u64::from(last), threads as u64],
+        );
         let disk = self.disk.take().expect("the disk is here");
         let (errors, failed_syncs) = (disk.counts.errors, disk.counts.failed_syncs);
         let plan = self.subject.memory_plan(&self.setup);
         let answers = self.report.clients.answers;
-        let life = Life::new(engine, disk, self.now, &plan, self, ending, random);
+        let life = Life::new(engines, disk, self.now, &plan, self, ending, random);
         let (outcome, driver) = life.run();
-        self.report.subject.add(&self.subject.counts(&driver.engine));
+        driver.engines().for_each(|engine| self.report.subject.add(&self.subject.counts(engine)));
         self.report.turns += driver.counts.turns;
-        let (memory, mut disk, now, _engine) = driver.dismantle();
+        self.report.moves += driver.move_count();
+        let (memories, mut disk, now, _engines) = driver.dismantle();
         self.report.virtual_ns += now.since_ns(self.now);
         self.now = now.after_ns(1_000_000);
         let lost_by_sync = disk.counts.failed_syncs > failed_syncs;
@@ -245,7 +259,7 @@ impl<'a, S: Subject> World<'a, S> {
             oracle.crash(crash);
         }
         self.disk = Some(disk);
-        self.memory = Some(memory);
+        self.memories.extend(memories);
         true
     }
 
@@ -305,16 +319,21 @@ impl<'a, S: Subject> World<'a, S> {
     }
 
     /// Starts an engine. A refusal must be deserved, and be over once its cause is gone.
-    fn start(&mut self) -> Option<S::Engine> {
+    fn start(&mut self, threads: usize) -> Option<Vec<S::Engine>> {
         loop {
             let disk = self.disk.as_mut().expect("no engine has the disk between lives");
             let errors = disk.counts.errors;
             // A refused start keeps its memory; the next one begins with new memory.
             let total_bytes = self.subject.memory_plan(&self.setup).total_bytes;
-            let mut memory = self.memory.take().unwrap_or_else(|| SimMemory::new(total_bytes));
-            memory.reset();
-            let error = match self.subject.start(&self.setup, self.now, &mut DiskReader::new(disk), memory) {
-                Ok(engine) => return Some(engine),
+            let mut memories = Vec::with_capacity(threads);
+            for _ in 0..threads {
+                let mut memory = self.memories.pop().unwrap_or_else(|| SimMemory::new(total_bytes));
+                memory.reset();
+                memories.push(memory);
+            }
+            let error = match self.subject.start(&self.setup, self.now, &mut DiskReader::new(disk), memories)
+            {
+                Ok(engines) => return Some(engines),
                 Err(error) => error,
             };
             self.report.refusals += 1;

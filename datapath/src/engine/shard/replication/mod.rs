@@ -19,9 +19,9 @@ mod member;
 mod peer_read;
 mod reads;
 
+use super::neighbours::ExportPlace;
 use super::{Served, Shard};
 use crate::engine::ports::ConnectionId;
-use crate::engine::region_locks::RegionLocks;
 use crate::engine::report::{PeerBytes, RepairReport};
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
@@ -341,16 +341,9 @@ impl<M: Memory> Shard<M> {
         let size_bytes = record.size_blocks * BLOCK_BYTES_U64;
         self.exports.add(record.name.clone(), size_bytes, self.read_only);
         let served = self.served.len();
+        self.export_places.push(ExportPlace::Here(u32::try_from(served).expect("exports fit 32 bits")));
         let index = self.replication.replicas.len();
-        self.served.push(Served {
-            lane,
-            volume,
-            locks: RegionLocks::default(),
-            requests_under_way: 0,
-            connections: 0,
-            replica: Some(index),
-            terms: 0,
-        });
+        self.served.push(Served { replica: Some(index), ..Served::new(lane, volume) });
         // The head's version is of the time before the record was read, so that it takes note of this one.
         let unread = Record { version: 0, ..record.clone() };
         let mut head = Head::new(self.replication.node(), unread);
