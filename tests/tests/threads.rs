@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use berth::bench::{self, BenchArgs, BlockRange, Control};
+use datapath::limits::CONNECTIONS_MAX;
 use datapath::wire::nbd_handshake::{
     GREETING_BYTES, OPTION_REPLY_HEADER_BYTES, OptionReplyHeader, client_flag, encode_info_query, option,
     reply_type,
@@ -16,6 +17,7 @@ use datapath::wire::nbd_handshake::{
 use datapath::wire::nbd_transmission::{
     HeaderStyle, ReplyHeader, RequestHeader, SIMPLE_REPLY_BYTES, command,
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use system_tests::harness::Scratch;
 use system_tests::harness::client::Client;
 use system_tests::harness::metrics::Page;
@@ -112,6 +114,33 @@ fn nothing_answered_is_lost_by_kill_9_and_another_number_of_threads() {
         let report = report.unwrap_or_else(|error| panic!("{error}"));
         assert!(report.reconnects >= 5 && report.errors() == 0, "{report}");
     }
+    server.stop();
+}
+
+/// Room for the sockets of this test, and of the server that it starts.
+fn raise_file_limit() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(8192), most).expect("up to the hard limit");
+}
+
+#[test]
+fn connections_are_counted_over_all_threads() {
+    raise_file_limit();
+    let scratch = Scratch::new("threads-limit");
+    let options = options(&scratch, 2);
+    let server = Server::start(&options);
+    let connect = |number: u32| Client::connect(&options.socket, &format!("v{}", number as usize % VOLUMES));
+    let mut clients: Vec<Client> =
+        (0..CONNECTIONS_MAX).map(|number| connect(number).expect("a place")).collect();
+    assert!(connect(1).is_err(), "there are more than {CONNECTIONS_MAX} connections");
+    // One of each thread: their places are for whoever comes.
+    for number in [0, 1] {
+        drop(clients.swap_remove(number));
+        clients.push(connect(3).expect("a place has come free"));
+    }
+    assert!(connect(0).is_err(), "there are more than {CONNECTIONS_MAX} connections");
+    drop(clients);
+    connect(2).expect("all places have come free");
     server.stop();
 }
 

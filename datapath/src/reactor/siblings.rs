@@ -43,6 +43,9 @@ impl<R> Siblings<R> {
 
 impl<E: Engine<Memory = Arena>> Reactor<E> {
     /// Makes the reactor number `this` of a process with the reactors that `mailboxes` lead to, itself among them.
+    ///
+    /// # Panics
+    /// If it is not among them.
     pub fn join(&mut self, this: ShardIndex, mailboxes: Vec<Mailbox<E::Report>>) {
         assert!(usize::from(this.0) < mailboxes.len(), "{this:?} of {}", mailboxes.len());
         self.siblings = Siblings { this, mailboxes, unposted: VecDeque::new() };

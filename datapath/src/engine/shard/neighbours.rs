@@ -99,6 +99,9 @@ pub fn shard_of_lane(lane: usize, shards: usize) -> usize {
 }
 
 /// Shares pools out: one part for each of `shards` shards, by [`shard_of_lane`].
+///
+/// # Panics
+/// Without shards.
 #[must_use]
 pub fn split(pools: Vec<ShardPool>, shards: u16) -> Vec<ShardPart> {
     let mut parts: Vec<Vec<PoolOfPart>> = (0..shards).map(|_| Vec::new()).collect();
