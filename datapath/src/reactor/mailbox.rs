@@ -18,7 +18,7 @@ use thiserror::Error;
 
 use super::Snapshot;
 use crate::engine::ports::PeerAddress;
-use crate::record::{NodeId, Record};
+use crate::record::{NodeId, Record, VolumeNumber};
 
 /// Messages that may wait.
 const MESSAGES_MAX: usize = 1024;
@@ -46,6 +46,13 @@ pub enum Message<R> {
     },
     /// The record of a volume, as it is in the record store.
     Record(Box<Record>),
+    /// Compare all replicas in sync of a volume.
+    Verify {
+        /// Which volume.
+        volume: VolumeNumber,
+        /// What the reports repeat.
+        verify: u64,
+    },
     /// Answer as soon as the engine takes requests. No answer means that the reactor has ended.
     TellWhenOpen(SyncSender<()>),
     /// Say how things are. No answer (the channel closes) means that the reactor has ended.

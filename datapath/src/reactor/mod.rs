@@ -51,6 +51,7 @@ use crate::engine::ports::{
 };
 use crate::limits::CONNECTIONS_MAX;
 use crate::record::{NodeId, Record};
+use crate::replica::check::CheckReport;
 use crate::units::{MemoryRange, Moment};
 
 /// Carried by submissions whose completions say nothing (cancellations, time limits).
@@ -67,6 +68,8 @@ pub trait Outside: fmt::Debug + Send + Sync {
     fn connect(&self, node: NodeId);
     /// Proposes a record to the record store; [`Message::Record`] tells what is there afterwards.
     fn propose(&self, record: Box<Record>);
+    /// Takes note of how a pass over a volume's replicas stands.
+    fn checked(&self, report: CheckReport);
 }
 
 /// What a reactor is started with.
@@ -342,6 +345,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         while let Some(record) = self.engine.poll_proposal() {
             self.outside.as_ref().expect("only nodes propose").propose(record);
         }
+        while let Some(report) = self.engine.poll_check_report() {
+            self.outside.as_ref().expect("only nodes check").checked(report);
+        }
         if self.phase == Phase::Draining && self.pending.is_empty() && self.engine.is_drained() {
             self.phase = Phase::Ending;
         }
@@ -518,6 +524,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Message::Adopt { .. } => {}
             Message::PeerCalled { node, socket } => self.admit_called(node, socket),
             Message::Record(record) => self.pending.push_back(Event::Record(record)),
+            Message::Verify { volume, verify } => {
+                self.pending.push_back(Event::Verify { volume, verify });
+            }
             Message::TellWhenOpen(answer) => self.tell_when_open.push(answer),
             Message::Inspect(answer) => {
                 // Who asked may have given up.
