@@ -222,7 +222,9 @@ impl control_server::Control for ControlService {
         let more = page.len() > PAGE_RECORDS_MAX;
         page.truncate(PAGE_RECORDS_MAX);
         // Whoever wants to know which blocks were found asks for the volume.
-        page.iter_mut().filter_map(|(_, passes)| passes.last.as_mut()).for_each(|last| last.report.findings.clear());
+        page.iter_mut()
+            .filter_map(|(_, passes)| passes.last.as_mut())
+            .for_each(|last| last.report.findings.clear());
         let records = page.iter().map(|(record, _)| record_to_message(record)).collect();
         let checks = page.iter().map(|(_, passes)| history_to_message(passes)).collect();
         Ok(Response::new(proto::ListVolumesReply { records, more, checks }))

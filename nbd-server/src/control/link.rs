@@ -50,7 +50,6 @@ impl fmt::Debug for LinkSettings {
 
 /// What the link is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::large_enum_variant, reason = "few are made, and none is kept")]
 pub enum Command {
     /// Put this record in the place of the version before it. The outcome is what is read: [`News::Record`] is told after
     /// each proposal, or [`News::Gone`]. A proposal that was not sent yet gives way to a later one for its volume.

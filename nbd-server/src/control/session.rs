@@ -17,14 +17,14 @@ use tonic::{Code, Response, Status};
 
 use super::backoff::Backoff;
 use super::convert::{
-    MessageError, NodeAddress, check_to_message, node_from_message, node_from_number, record_from_message, record_to_message,
-    volume_from_number,
+    MessageError, NodeAddress, check_to_message, node_from_message, node_from_number, record_from_message,
+    record_to_message, volume_from_number,
 };
 use super::limits::{CALL_TIMEOUT, REPLY_BYTES_MAX};
 use super::link::{Command, LinkSettings, News, Signal, Waker};
 use super::proto::{
-    CompareAndSwapRequest, GetVolumeRequest, JoinRequest, ReportCheckRequest, WatchEvent, WatchRequest, compare_and_swap_reply,
-    control_client::ControlClient, get_volume_request, watch_event,
+    CompareAndSwapRequest, GetVolumeRequest, JoinRequest, ReportCheckRequest, WatchEvent, WatchRequest,
+    compare_and_swap_reply, control_client::ControlClient, get_volume_request, watch_event,
 };
 
 /// Calls at a time.
@@ -372,7 +372,9 @@ async fn tell_check(mut client: Client, report: CheckReport) -> (VolumeNumber, O
     let outcome = match in_time(client.report_check(request)).await {
         Ok(_) => Outcome::Noted,
         // A ctl that does not know passes, or not this volume any more, need not hear of it again.
-        Err(status) if matches!(status.code(), Code::NotFound | Code::Unimplemented | Code::InvalidArgument) => {
+        Err(status)
+            if matches!(status.code(), Code::NotFound | Code::Unimplemented | Code::InvalidArgument) =>
+        {
             tracing::debug!(volume = volume.0, error = status.message(), "ctl takes no note of a pass");
             Outcome::Noted
         }

@@ -24,9 +24,7 @@ use crate::units::Moment;
 use crate::wire::peer_message::CHECKED_BLOCKS_MAX;
 pub use judge::Answer;
 use piece::{Piece, PieceTurn};
-pub use report::{
-    CheckCounters, CheckReport, EndReason, FINDINGS_MAX, Finding, Holding, PassState, Purpose,
-};
+pub use report::{CheckCounters, CheckReport, EndReason, FINDINGS_MAX, Finding, Holding, PassState, Purpose};
 use std::collections::VecDeque;
 
 /// Blocks of a leaf of the map.
@@ -286,7 +284,8 @@ impl Checks {
     /// What all passes have done.
     #[must_use]
     pub fn counters(&self) -> CheckCounters {
-        self.counters
+        let under_way = self.pass.as_deref().map(|pass| &pass.report);
+        under_way.map_or(self.counters, |report| self.counters.with(report))
     }
 
     /// The next thing to do.
@@ -334,7 +333,7 @@ impl Checks {
     fn begin_pass(&mut self, now: Moment, purpose: Purpose, first: u32) {
         if let Some(pass) = self.pass.take() {
             // A scrub gives way to somebody who waits: what it would have seen is seen now.
-            self.count(&pass.report);
+            self.counters = self.counters.with(&pass.report);
         }
         let mut pass = Box::new(Pass {
             begun: now,
@@ -391,11 +390,9 @@ impl Checks {
         self.forget = true;
         let end = u64::from(piece.block) + u64::from(piece.count);
         let leaf_blocks = u64::from(LEAF_BLOCKS);
-        pass.next = match end.is_multiple_of(leaf_blocks) {
-            // Behind it nobody has anything up to there.
-            true => piece.next_leaf.map_or(size.into(), |leaf| u64::from(leaf) * leaf_blocks).min(size.into()),
-            false => end,
-        };
+        let next_leaf = piece.next_leaf.map_or(u64::MAX, |leaf| u64::from(leaf) * leaf_blocks);
+        // Up to the next leaf nobody has anything.
+        pass.next = if end.is_multiple_of(leaf_blocks) { next_leaf.min(size.into()) } else { end };
         pass.report.passed_blocks = pass.passed(size);
         if pass.report.purpose == Purpose::Scrub {
             let rested = now.after_ns(now.since_ns(piece.begun) * REST_TIMES);
@@ -438,15 +435,8 @@ impl Checks {
             self.next_scrub = self.next_scrub.map(|_| pass.begun.after_ns(self.period_ns / 2));
         }
         pass.report.state = state;
-        self.count(&pass.report);
+        self.counters = self.counters.with(&pass.report);
         self.reports.push_back(pass.report);
-    }
-
-    fn count(&mut self, report: &CheckReport) {
-        self.counters.compared_blocks += report.compared_blocks;
-        self.counters.repaired_blocks += report.repaired_blocks;
-        self.counters.unreadable_blocks += report.unreadable_blocks;
-        self.counters.differing_blocks += report.differing_blocks;
     }
 
     /// When to call [`Self::turn`] though nothing has happened.

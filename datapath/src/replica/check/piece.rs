@@ -45,10 +45,26 @@ enum Lock {
 
 #[derive(Debug)]
 enum Stage {
-    Waiting { at: Moment },
-    Asking { check: u64, until: Moment, sequence: u64, disturbed: bool, answers: Vec<(NodeId, Option<Answer>)> },
-    Repairing { check: u64, left: usize },
-    Mending { check: u64, until: Moment, unsent: VecDeque<(NodeId, u32, u32)>, awaited: Vec<(NodeId, u32, u32)> },
+    Waiting {
+        at: Moment,
+    },
+    Asking {
+        check: u64,
+        until: Moment,
+        sequence: u64,
+        disturbed: bool,
+        answers: Vec<(NodeId, Option<Answer>)>,
+    },
+    Repairing {
+        check: u64,
+        left: usize,
+    },
+    Mending {
+        check: u64,
+        until: Moment,
+        unsent: VecDeque<(NodeId, u32, u32)>,
+        awaited: Vec<(NodeId, u32, u32)>,
+    },
 }
 
 /// What comes of a piece's turn.
@@ -287,7 +303,8 @@ impl Piece {
             self.blamed = Some(*silent);
             return None;
         }
-        let known = |(node, answer): &(NodeId, Option<Answer>)| (*node, answer.clone().expect("all are here"));
+        let known =
+            |(node, answer): &(NodeId, Option<Answer>)| (*node, answer.clone().expect("all are here"));
         let answers: Vec<(NodeId, Answer)> = answers.iter().map(known).collect();
         let judgement = judge((self.block, self.count), view.own, &answers, FINDINGS_MAX);
         if disturbed && !bugs.has(PlantedBug::CompareWhileChanging) {
@@ -319,7 +336,8 @@ impl Piece {
 
     /// What was damaged when the piece was judged before, and is sound now.
     fn count_repaired(&self, judgement: &Judgement) -> u64 {
-        let before = |node| self.damaged.iter().find(|(known, _)| *known == node).map_or(0, |(_, bits)| *bits);
+        let before =
+            |node| self.damaged.iter().find(|(known, _)| *known == node).map_or(0, |(_, bits)| *bits);
         let repaired = judgement.damaged.iter().map(|(node, bits)| (before(*node) & !bits).count_ones());
         repaired.map(u64::from).sum()
     }
@@ -343,7 +361,9 @@ impl Piece {
     pub(super) fn poll_timeout(&self) -> Option<Moment> {
         let stage = match &self.stage {
             // Whoever has the lock gives it back some time.
-            Stage::Waiting { .. } if matches!(self.lock, Lock::Wanted(_)) => Some(self.begun.after_ns(PIECE_NS)),
+            Stage::Waiting { .. } if matches!(self.lock, Lock::Wanted(_)) => {
+                Some(self.begun.after_ns(PIECE_NS))
+            }
             Stage::Waiting { at } => Some(*at),
             Stage::Asking { until, .. } | Stage::Mending { until, .. } => Some(*until),
             Stage::Repairing { .. } => None,

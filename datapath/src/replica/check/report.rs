@@ -171,3 +171,17 @@ pub struct CheckCounters {
     /// Comparisons that were repeated because the blocks were changed meanwhile.
     pub disturbed: u64,
 }
+
+impl CheckCounters {
+    /// These and what a pass has done.
+    #[must_use]
+    pub(super) fn with(self, report: &CheckReport) -> CheckCounters {
+        CheckCounters {
+            compared_blocks: self.compared_blocks + report.compared_blocks,
+            repaired_blocks: self.repaired_blocks + report.repaired_blocks,
+            unreadable_blocks: self.unreadable_blocks + report.unreadable_blocks,
+            differing_blocks: self.differing_blocks + report.differing_blocks,
+            ..self
+        }
+    }
+}

@@ -1,9 +1,7 @@
 //! Passes over the replicas of a volume: what heads tell of them, and what is kept.
 
 use datapath::record::NodeId;
-use datapath::replica::check::{
-    CheckReport, EndReason, FINDINGS_MAX, Finding, Holding, PassState, Purpose,
-};
+use datapath::replica::check::{CheckReport, EndReason, FINDINGS_MAX, Finding, Holding, PassState, Purpose};
 
 use super::{MessageError, node_from_number, volume_from_number};
 use crate::control::limits::{REPLICAS_MAX, REQUEST_BYTES_MAX};
@@ -89,9 +87,9 @@ pub fn check_from_message(message: proto::CheckReport) -> Result<CheckReport, Me
         State::Running => PassState::Running,
         State::Complete => PassState::Complete,
         // Its reason is for people by now.
-        State::Ended => PassState::Ended(EndReason::Refused(
-            message.why.chars().take(WHY_CHARACTERS_MAX).collect(),
-        )),
+        State::Ended => {
+            PassState::Ended(EndReason::Refused(message.why.chars().take(WHY_CHARACTERS_MAX).collect()))
+        }
     };
     check_length("members", message.members.len(), REPLICAS_MAX)?;
     check_length("findings", message.findings.len(), FINDINGS_MAX)?;
@@ -165,8 +163,11 @@ mod tests {
     use super::*;
 
     fn report() -> CheckReport {
-        let holdings =
-            vec![(NodeId(1), Holding::Content(7)), (NodeId(2), Holding::Damaged), (NodeId(3), Holding::Unknown)];
+        let holdings = vec![
+            (NodeId(1), Holding::Content(7)),
+            (NodeId(2), Holding::Damaged),
+            (NodeId(3), Holding::Unknown),
+        ];
         CheckReport {
             volume: VolumeNumber(9),
             purpose: Purpose::Verify(77),
@@ -186,9 +187,11 @@ mod tests {
     #[test]
     fn what_is_kept_comes_back() {
         let last = Some(LastPass { report: report(), began_at: 1, ended_at: 2 });
-        for history in
-            [PassHistory::default(), PassHistory { began_at: Some(3), last: None }, PassHistory { began_at: None, last }]
-        {
+        for history in [
+            PassHistory::default(),
+            PassHistory { began_at: Some(3), last: None },
+            PassHistory { began_at: None, last },
+        ] {
             assert_eq!(history_from_message(history_to_message(&history)), Ok(history));
         }
     }

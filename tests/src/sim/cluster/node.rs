@@ -215,7 +215,9 @@ impl Node {
         let mut held = BTreeSet::new();
         for recovered in &mut lanes {
             for volume in 0..recovered.volumes.len() {
-                let visit = |_, mapping: Mapping| drop(held.insert(mapping.place.offset_bytes()));
+                let visit = |_, mapping: Mapping| {
+                    held.insert(mapping.place.offset_bytes());
+                };
                 if recovered.visit_blocks(reader, volume, visit).is_err() {
                     return 0;
                 }

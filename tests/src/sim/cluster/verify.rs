@@ -125,7 +125,9 @@ impl World {
         self.report.repaired_blocks += report.repaired_blocks;
         if let Some(since_ns) = since_ns.filter(|_| report.is_clean()) {
             self.verifies.clean_since_ns[volume] = Some(since_ns);
-            for member in report.members.iter().filter(|node| self.verifies.rotted_ns[index(**node)] < since_ns) {
+            for member in
+                report.members.iter().filter(|node| self.verifies.rotted_ns[index(**node)] < since_ns)
+            {
                 self.assert_sound(*member, volume);
             }
         }
@@ -138,7 +140,8 @@ impl World {
         let mut reader = StableReader(node.disk());
         let Ok((_, mut lanes)) = node.try_read_pool(&mut reader) else { return };
         for recovered in &mut lanes {
-            let Some(place) = recovered.volumes.iter().position(|known| known.number == number(volume).0) else {
+            let Some(place) = recovered.volumes.iter().position(|known| known.number == number(volume).0)
+            else {
                 continue;
             };
             let mut bytes = [0; BLOCK_BYTES_USIZE];
@@ -161,7 +164,9 @@ impl World {
     /// Nobody waits for ever.
     pub(super) fn watch_verifies(&mut self) {
         let (nodes, now_ns) = (&self.nodes, self.now_ns);
-        self.verifies.open.retain(|_, open| nodes[open.node].life.is_some() && nodes[open.node].boots == open.boot);
+        self.verifies
+            .open
+            .retain(|_, open| nodes[open.node].life.is_some() && nodes[open.node].boots == open.boot);
         let silent = self.verifies.open.values().find(|open| now_ns - open.heard_ns > SILENT_NS_MAX);
         assert!(silent.is_none(), "nothing is heard of {silent:?}\n{}", self.describe());
     }

@@ -12,7 +12,7 @@
 
 use super::super::Shard;
 use super::check_here::Asked;
-use super::{COOKIE, Leader, Replica, Replication, Work};
+use super::{COOKIE, Leader, NodeConfig, Replica, Replication, Work};
 use crate::checksum::crc32c;
 use crate::engine::region_locks::RegionClaim;
 use crate::memory::Memory;
@@ -100,7 +100,8 @@ impl<M: Memory> Shard<M> {
         let Some(index) = self.replication.find(volume) else {
             return self.refuse_verify(volume, verify, EndReason::NotHere);
         };
-        let config = self.replication.config();
+        // That is no reason to take the volume from a head that lives.
+        let config = NodeConfig { steals: false, ..self.replication.config() };
         let replica = &mut self.replication.replicas[index];
         if replica.head.is_serving() {
             return replica.checking.checks.verify(verify);
@@ -121,7 +122,8 @@ impl<M: Memory> Shard<M> {
     /// Somebody waits for this node to lead: it does, or takes the volume, or it is too late.
     fn lead_for_verify(&mut self, index: usize) {
         let Some((verify, until)) = self.replication.replicas[index].checking.waiting else { return };
-        let (now, config, random) = (self.now, self.replication.config(), self.replication.random());
+        let config = NodeConfig { steals: false, ..self.replication.config() };
+        let (now, random) = (self.now, self.replication.random());
         let replica = &mut self.replication.replicas[index];
         if replica.head.is_serving() {
             replica.checking.waiting = None;
@@ -187,7 +189,9 @@ impl<M: Memory> Shard<M> {
             in_sync.into_iter().map(|node| (node, self.reach(index, node))).collect();
         let repairs_under_way = {
             let works = self.replication.works.iter();
-            works.map(|(_, work)| work).any(|work| matches!(work, Work::Repair { replica, .. } if *replica == index))
+            works
+                .map(|(_, work)| work)
+                .any(|work| matches!(work, Work::Repair { replica, .. } if *replica == index))
         };
         let clients_are_busy = !self.tasks.is_empty();
         let Replica { head, checking, .. } = &mut self.replication.replicas[index];
@@ -214,7 +218,8 @@ impl<M: Memory> Shard<M> {
             // Whoever leads another epoch has the own replica follow.
             return if replica.leader == Leader::ThisNode { Reach::Follows } else { Reach::Away };
         }
-        let link = self.replication.dials.up(node).and_then(|id| self.replication.links[id.0 as usize].as_ref());
+        let link =
+            self.replication.dials.up(node).and_then(|id| self.replication.links[id.0 as usize].as_ref());
         match link {
             Some(link) if link.features & FEATURE_CHECKS != 0 => Reach::Follows,
             Some(_) => Reach::TooOld,
@@ -294,7 +299,12 @@ impl<M: Memory> Shard<M> {
     }
 
     /// The part of what was kept where these blocks are.
-    fn kept_blocks(&self, index: usize, check: u64, (block, count): (u32, u32)) -> Option<(MemoryRange, MemoryRange)> {
+    fn kept_blocks(
+        &self,
+        index: usize,
+        check: u64,
+        (block, count): (u32, u32),
+    ) -> Option<(MemoryRange, MemoryRange)> {
         let kept = self.replication.replicas[index].checking.kept.filter(|kept| kept.check == check)?;
         let first = 1 + block - kept.block;
         Some((kept.memory, kept.memory.part(first * BLOCK_BYTES, count * BLOCK_BYTES)))
@@ -305,7 +315,8 @@ impl<M: Memory> Shard<M> {
         let now = self.now;
         let volume = self.served[self.replication.replicas[index].served].volume;
         for (block, count) in runs.iter().copied() {
-            let (_, memory) = self.kept_blocks(index, check, (block, count)).expect("what was judged is kept");
+            let (_, memory) =
+                self.kept_blocks(index, check, (block, count)).expect("what was judged is kept");
             let mut damaged = BlockBits::default();
             (0..count).for_each(|offset| damaged.set(offset));
             let range = BlockRange { volume, block, count };

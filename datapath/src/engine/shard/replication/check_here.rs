@@ -30,8 +30,8 @@ impl<M: Memory> Shard<M> {
         message: CheckMessage,
         memory: Option<MemoryRange>,
     ) {
-        let (CheckMessage::Ask { epoch, check, block, count } | CheckMessage::Mend { epoch, check, block, count }) =
-            message
+        let (CheckMessage::Ask { epoch, check, block, count }
+        | CheckMessage::Mend { epoch, check, block, count }) = message
         else {
             unreachable!("members are asked no answers")
         };
