@@ -36,6 +36,8 @@ pub struct Job<'a> {
     pub depth: u32,
     /// When it ends.
     pub length: Length,
+    /// Every write is followed by a flush.
+    pub flush_each: bool,
     /// The part of the target that is used, from its start.
     pub size_mib: u64,
     /// Where the I/O goes.
@@ -51,9 +53,9 @@ pub struct Output {
     pub bytes_per_second: f64,
     /// I/Os.
     pub ios: u64,
-    /// Median latency.
+    /// Median latency; that of the flush added, if each I/O is followed by one.
     pub p50_us: f64,
-    /// Latency that one I/O in a hundred exceeds.
+    /// Latency that one I/O in a hundred exceeds, that of the flush added.
     pub p99_us: f64,
     /// fio's own report.
     pub json: String,
@@ -69,6 +71,12 @@ struct FioJob {
     error: i64,
     read: FioSide,
     write: FioSide,
+    sync: FioSyncs,
+}
+
+#[derive(Deserialize)]
+struct FioSyncs {
+    lat_ns: FioLatency,
 }
 
 #[derive(Deserialize)]
@@ -101,6 +109,7 @@ impl Job<'_> {
         let mut fio = command(&self.target, self.size_mib);
         fio.args(["--rw", self.rw, "--bs", self.block, "--norandommap", "--randrepeat=0"]);
         fio.arg(format!("--iodepth={}", self.depth));
+        fio.arg(format!("--fsync={}", u32::from(self.flush_each)));
         match self.length {
             Length::Seconds(seconds) => fio.args(["--time_based", &format!("--runtime={seconds}")]),
             Length::Mib(mib) => fio.arg(format!("--io_size={mib}m")),
@@ -151,12 +160,13 @@ fn run(mut fio: Command, reads: bool) -> Result<Output, String> {
     }
     let side = if reads { job.read } else { job.write };
     let percentiles = side.clat_ns.percentile.ok_or("fio completed no I/O")?;
+    let syncs = job.sync.lat_ns.percentile.unwrap_or(FioPercentiles { p50: 0.0, p99: 0.0 });
     Ok(Output {
         iops: side.iops,
         bytes_per_second: side.bw_bytes,
         ios: side.total_ios,
-        p50_us: percentiles.p50 / 1000.0,
-        p99_us: percentiles.p99 / 1000.0,
+        p50_us: (percentiles.p50 + syncs.p50) / 1000.0,
+        p99_us: (percentiles.p99 + syncs.p99) / 1000.0,
         json,
     })
 }

@@ -38,6 +38,10 @@ pub(crate) struct DevArguments {
     #[arg(long, value_name = "SIZE", default_value = "4G")]
     size: Size,
 
+    /// Size of each node's pool [default: a quarter more than the volume, and 1 GiB].
+    #[arg(long, value_name = "SIZE")]
+    pool_size: Option<Size>,
+
     /// Where pools, records, sockets and logs are kept [default: berth-dev in the directory for temporary files].
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -90,7 +94,8 @@ fn start(
         spawn(dir, "ctl", &["ctl".into(), "--store".into(), store, "--listen".into(), "127.0.0.1:0".into()])?;
     let url = ctl.ready.strip_prefix("ready ").unwrap_or_default().to_owned();
     members.push(ctl);
-    let pool_bytes = arguments.size.bytes + arguments.size.bytes / 4 + POOL_SPARE_BYTES;
+    let for_volume = arguments.size.bytes + arguments.size.bytes / 4 + POOL_SPARE_BYTES;
+    let pool_bytes = arguments.pool_size.map_or(for_volume, |size| size.bytes);
     let cpus = CpuList::allowed().map_err(|error| error.to_string())?.to_string();
     let cpus: Vec<&str> = cpus.split(',').collect();
     for number in 1..=arguments.nodes {

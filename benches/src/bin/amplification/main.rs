@@ -181,5 +181,6 @@ fn job(
     mib: u64,
 ) -> Result<Output, String> {
     let target = berth.target();
-    Job { rw, block, depth, length: Length::Mib(mib.max(1)), size_mib: volume_mib, target }.run()
+    Job { rw, block, depth, length: Length::Mib(mib.max(1)), flush_each: false, size_mib: volume_mib, target }
+        .run()
 }

@@ -25,7 +25,8 @@ use crate::table::{Results, Sample};
 /// Measures Berth against other NBD servers and the raw disk.
 #[derive(Clone, Debug, Parser)]
 struct Arguments {
-    /// Rows to run: r4k w4k r4k1 w4k1 r128k w128k; all without any.
+    /// Rows to run: r4k w4k r4k1 w4k1 r128k w128k, and of three replicas w4k-r3 w4k1-r3 w4k1f-r3 r4k-r3 w128k-r3; all
+    /// without any.
     rows: Vec<String>,
     /// Pairs per row.
     #[arg(long, default_value_t = 5)]
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
 fn measure(arguments: &Arguments) -> Result<(), String> {
     let rows = rows::named(&arguments.rows)?;
     let contenders = servers::named(&arguments.servers)?;
-    let bench = servers::Bench::prepare(&arguments.dir, arguments.size_mib, &contenders)?;
+    let bench = servers::Bench::prepare(&arguments.dir, arguments.size_mib, &rows, &contenders)?;
     let mut facts = machine::describe(&arguments.dir);
     if arguments.noisy {
         facts.push("TAKEN ON A BUSY MACHINE".to_owned());
@@ -112,8 +113,10 @@ fn choose_variants(
     let mut best = Vec::new();
     for row in rows {
         let mut chosen: Vec<(Contender, f64)> = Vec::new();
-        for &contender in contenders.iter().filter(|&&contender| contender != Contender::Raw) {
-            let alone = contenders.iter().filter(|other| other.family() == contender.family()).count() == 1;
+        let fit: Vec<Contender> =
+            contenders.iter().copied().filter(|contender| contender.is_of(row)).collect();
+        for &contender in fit.iter().filter(|&&contender| contender != Contender::Raw) {
+            let alone = fit.iter().filter(|other| other.family() == contender.family()).count() == 1;
             let score =
                 if alone { 0.0 } else { run_one(&probing, bench, row, contender, u32::MAX)?.score(row) };
             match chosen.iter_mut().find(|(other, _)| other.family() == contender.family()) {
@@ -145,6 +148,7 @@ fn run_one(
         rw: row.rw,
         block: row.block,
         depth: row.depth,
+        flush_each: row.flush_each,
         length: Length::Seconds(WARM_UP_SECONDS),
         size_mib: bench.size_mib,
         target: server.target(),

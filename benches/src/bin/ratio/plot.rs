@@ -12,7 +12,7 @@ const BAR_HEIGHT: f64 = 16.0;
 
 fn colour(contender: Contender) -> &'static str {
     match contender {
-        Contender::Berth => "#0b6e4f",
+        Contender::Berth | Contender::BerthCluster => "#0b6e4f",
         Contender::Raw => "#555555",
         Contender::Echo => "#aaaaaa",
         _ => "#c8792b",

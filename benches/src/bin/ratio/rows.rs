@@ -22,6 +22,14 @@ pub(crate) enum Bar {
     OverRawUs(f64),
     /// Times the server CPU per I/O of qemu-nbd.
     CpuOfQemu(f64),
+    /// At least this figure.
+    AtLeast(f64),
+    /// At most this figure.
+    AtMost(f64),
+    /// At most so many microseconds of CPU per I/O, of all servers together.
+    CpuUs(f64),
+    /// Times the figure of the raw disk, divided by the replicas that share it.
+    OfRawShared(f64),
 }
 
 /// One workload.
@@ -32,20 +40,26 @@ pub(crate) struct Row {
     pub(crate) rw: &'static str,
     pub(crate) block: &'static str,
     pub(crate) depth: u32,
+    /// Copies of the volume, each in the pool of a node of its own, all on this machine.
+    pub(crate) replicas: u32,
+    /// Every write is followed by a flush; latencies are those of both.
+    pub(crate) flush_each: bool,
     pub(crate) measure: Measure,
     pub(crate) bars: &'static [Bar],
     /// A round counts only if its two raw runs agree within 15 %.
     pub(crate) raw_must_agree: bool,
 }
 
-/// The single-replica part of the targets.
-pub(crate) const ROWS: [Row; 6] = [
+/// The targets. Rows whose names end in `-r3` are of a cluster.
+pub(crate) const ROWS: [Row; 11] = [
     Row {
         name: "w4k",
         title: "4 KiB random write, QD32",
         rw: "randwrite",
         block: "4k",
         depth: 32,
+        replicas: 1,
+        flush_each: false,
         measure: Measure::Iops,
         bars: &[Bar::OfBestOther(3.0), Bar::OfRaw(0.9), Bar::CpuOfQemu(0.35)],
         raw_must_agree: false,
@@ -56,6 +70,8 @@ pub(crate) const ROWS: [Row; 6] = [
         rw: "randread",
         block: "4k",
         depth: 32,
+        replicas: 1,
+        flush_each: false,
         measure: Measure::Iops,
         bars: &[Bar::OfRaw(0.9), Bar::CpuOfQemu(0.35)],
         raw_must_agree: false,
@@ -66,6 +82,8 @@ pub(crate) const ROWS: [Row; 6] = [
         rw: "randwrite",
         block: "4k",
         depth: 1,
+        replicas: 1,
+        flush_each: false,
         measure: Measure::MedianLatency,
         bars: &[Bar::OverRawUs(45.0)],
         raw_must_agree: false,
@@ -76,6 +94,8 @@ pub(crate) const ROWS: [Row; 6] = [
         rw: "randread",
         block: "4k",
         depth: 1,
+        replicas: 1,
+        flush_each: false,
         measure: Measure::MedianLatency,
         bars: &[Bar::OverRawUs(45.0)],
         raw_must_agree: false,
@@ -86,6 +106,8 @@ pub(crate) const ROWS: [Row; 6] = [
         rw: "write",
         block: "128k",
         depth: 8,
+        replicas: 1,
+        flush_each: false,
         measure: Measure::Throughput,
         bars: &[Bar::OfRaw(0.7), Bar::OfBestOther(1.7)],
         raw_must_agree: false,
@@ -96,9 +118,71 @@ pub(crate) const ROWS: [Row; 6] = [
         rw: "read",
         block: "128k",
         depth: 8,
+        replicas: 1,
+        flush_each: false,
         measure: Measure::Throughput,
         bars: &[Bar::OfRaw(0.85)],
         raw_must_agree: true,
+    },
+    Row {
+        name: "w4k-r3",
+        title: "4 KiB random write, QD32, 3 replicas",
+        rw: "randwrite",
+        block: "4k",
+        depth: 32,
+        replicas: 3,
+        flush_each: false,
+        measure: Measure::Iops,
+        bars: &[Bar::AtLeast(45_000.0), Bar::CpuUs(40.0)],
+        raw_must_agree: false,
+    },
+    Row {
+        name: "w4k1-r3",
+        title: "4 KiB random write, QD1, p50, 3 replicas",
+        rw: "randwrite",
+        block: "4k",
+        depth: 1,
+        replicas: 3,
+        flush_each: false,
+        measure: Measure::MedianLatency,
+        bars: &[Bar::AtMost(190.0)],
+        raw_must_agree: false,
+    },
+    Row {
+        name: "w4k1f-r3",
+        title: "4 KiB random write and flush, QD1, p50, 3 replicas",
+        rw: "randwrite",
+        block: "4k",
+        depth: 1,
+        replicas: 3,
+        flush_each: true,
+        measure: Measure::MedianLatency,
+        bars: &[Bar::AtMost(250.0)],
+        raw_must_agree: false,
+    },
+    Row {
+        name: "r4k-r3",
+        title: "4 KiB random read, QD32, 3 replicas",
+        rw: "randread",
+        block: "4k",
+        depth: 32,
+        replicas: 3,
+        flush_each: false,
+        measure: Measure::Iops,
+        bars: &[Bar::OfRaw(0.9)],
+        raw_must_agree: false,
+    },
+    Row {
+        name: "w128k-r3",
+        title: "128 KiB sequential write, QD8, 3 replicas",
+        rw: "write",
+        block: "128k",
+        depth: 8,
+        replicas: 3,
+        flush_each: false,
+        measure: Measure::Throughput,
+        bars: &[Bar::OfRawShared(0.7)],
+        raw_must_agree: false,
     },
 ];
 

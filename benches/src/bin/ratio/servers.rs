@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -12,12 +12,16 @@ use benches::fio::{Target, fill};
 use benches::machine::tree_cpu_seconds;
 use benches::process::dying_with_us;
 
+use crate::rows::Row;
+
 /// Who runs a row. Variants of one program compete among themselves first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Contender {
     Raw,
     Echo,
     Berth,
+    /// Three nodes of it, each with a replica.
+    BerthCluster,
     QemuIoUring,
     QemuNative,
     QemuThreads,
@@ -26,10 +30,11 @@ pub(crate) enum Contender {
     NbdServer,
 }
 
-const ALL: [Contender; 9] = [
+const ALL: [Contender; 10] = [
     Contender::Raw,
     Contender::Echo,
     Contender::Berth,
+    Contender::BerthCluster,
     Contender::QemuIoUring,
     Contender::QemuNative,
     Contender::QemuThreads,
@@ -44,6 +49,7 @@ impl Contender {
             Contender::Raw => "raw",
             Contender::Echo => "echo",
             Contender::Berth => "berth",
+            Contender::BerthCluster => "berth-cluster",
             Contender::QemuIoUring => "qemu-nbd-io_uring",
             Contender::QemuNative => "qemu-nbd-native",
             Contender::QemuThreads => "qemu-nbd-threads",
@@ -61,6 +67,7 @@ impl Contender {
             Contender::Nbdkit => "nbdkit-page-cache",
             Contender::NbdkitNoCache => "nbdkit",
             Contender::NbdServer => "nbd-server",
+            Contender::Berth | Contender::BerthCluster => "berth",
             other => other.name(),
         }
     }
@@ -73,7 +80,17 @@ impl Contender {
 
     /// Is it a server that Berth is compared with?
     pub(crate) fn is_yardstick(self) -> bool {
-        !matches!(self, Contender::Raw | Contender::Echo | Contender::Berth) && !self.uses_page_cache()
+        let own = [Contender::Raw, Contender::Echo, Contender::Berth, Contender::BerthCluster];
+        !own.contains(&self) && !self.uses_page_cache()
+    }
+
+    /// Does it keep as many copies as the row asks for?
+    pub(crate) fn is_of(self, row: &Row) -> bool {
+        match self {
+            Contender::Raw => true,
+            Contender::BerthCluster => row.replicas > 1,
+            _ => row.replicas == 1,
+        }
     }
 }
 
@@ -102,19 +119,31 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    /// Makes the plain file and, for Berth, a filled pool.
-    pub(crate) fn prepare(dir: &Path, size_mib: u64, contenders: &[Contender]) -> Result<Bench, String> {
+    /// Makes the plain file and, for Berth, filled pools.
+    pub(crate) fn prepare(
+        dir: &Path,
+        size_mib: u64,
+        rows: &[&Row],
+        contenders: &[Contender],
+    ) -> Result<Bench, String> {
         fs::create_dir_all(dir.join("raw")).map_err(|error| format!("{}: {error}", dir.display()))?;
         let dir = dir.canonicalize().map_err(|error| format!("{}: {error}", dir.display()))?;
         let bench = Bench { dir, size_mib };
         bench.write_plain_file()?;
-        if contenders.contains(&Contender::Berth) {
-            let pool = bench.pool();
-            if pool.exists() {
-                fs::remove_file(&pool).map_err(|error| format!("{}: {error}", pool.display()))?;
+        for (own, files) in [(Contender::Berth, bench.pool()), (Contender::BerthCluster, bench.cluster_dir())]
+        {
+            if !contenders.contains(&own) || !rows.iter().any(|row| own.is_of(row)) {
+                continue;
             }
-            eprintln!("filling the pool");
-            let server = bench.start(Contender::Berth)?;
+            let removed = if files.is_dir() { fs::remove_dir_all(&files) } else { fs::remove_file(&files) };
+            match removed {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(format!("{}: {error}", files.display()));
+                }
+                _ => {}
+            }
+            eprintln!("filling the volume of {}", own.name());
+            let server = bench.start(own)?;
             fill(&server.target(), size_mib)?;
             server.stop()?;
         }
@@ -149,6 +178,10 @@ impl Bench {
         self.dir.join("pool.berth")
     }
 
+    fn cluster_dir(&self) -> PathBuf {
+        self.dir.join("cluster")
+    }
+
     /// Where fio's own reports go.
     pub(crate) fn raw_dir(&self) -> PathBuf {
         self.dir.join("raw")
@@ -167,22 +200,25 @@ impl Bench {
         let uri = format!("nbd+unix:///v?socket={}", socket.display());
         let (program, arguments) = self.command(contender, &socket)?;
         if contender == Contender::Raw {
-            return Ok(Server { child: None, target: Target::File(self.plain()), contender });
+            return Ok(Server { child: None, output: None, target: Target::File(self.plain()), contender });
         }
         let mut command = dying_with_us(&program);
         command.args(arguments).stdin(Stdio::null()).stderr(Stdio::inherit());
-        command.stdout(if contender == Contender::Berth { Stdio::piped() } else { Stdio::null() });
+        command.stdout(if contender.family() == "berth" { Stdio::piped() } else { Stdio::null() });
         let mut child = command.spawn().map_err(|error| format!("{program}: {error}"))?;
-        let ready = match child.stdout.take() {
-            Some(stdout) => BufReader::new(stdout)
+        let mut output = child.stdout.take().map(BufReader::new);
+        let ready = match &mut output {
+            Some(output) => output
                 .lines()
                 .map_while(Result::ok)
-                .find_map(|line| line.strip_prefix("ready ").map(str::to_owned))
+                .find_map(|line| {
+                    line.strip_prefix("ready ").filter(|uri| uri.contains("+unix")).map(str::to_owned)
+                })
                 .ok_or_else(|| "berth ended before it was ready".to_owned()),
             None => wait_for_socket(&socket, &mut child).map(|()| uri),
         };
         match ready {
-            Ok(uri) => Ok(Server { child: Some(child), target: Target::Nbd(uri), contender }),
+            Ok(uri) => Ok(Server { child: Some(child), output, target: Target::Nbd(uri), contender }),
             Err(why) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -209,20 +245,22 @@ impl Bench {
                 (own.display().to_string(), words(line))
             }
             Contender::Berth => {
-                let berth =
-                    std::env::var("BERTH_BIN").map_or_else(|_| own.with_file_name("berth"), PathBuf::from);
-                if !berth.exists() {
-                    let why = "build it (cargo build --release) or set BERTH_BIN";
-                    return Err(format!("{} is missing: {why}", berth.display()));
-                }
-                let pool = self.pool();
                 let line = format!(
                     "serve\t--pool\t{}\t--pool-size\t{}M\t--volume\tv={}M\t--nbd\tunix:{socket}\t--threads\t1",
-                    pool.display(),
+                    self.pool().display(),
                     self.size_mib * 4,
                     self.size_mib
                 );
-                (berth.display().to_string(), words(line))
+                (berth_program(&own)?, words(line))
+            }
+            Contender::BerthCluster => {
+                let line = format!(
+                    "dev\t--nodes\t3\t--replicas\t3\t--size\t{}M\t--pool-size\t{}M\t--dir\t{}",
+                    self.size_mib,
+                    self.size_mib * 4,
+                    self.cluster_dir().display()
+                );
+                (berth_program(&own)?, words(line))
             }
             Contender::QemuIoUring => qemu("io_uring"),
             Contender::QemuNative => qemu("native"),
@@ -248,6 +286,15 @@ impl Bench {
     }
 }
 
+fn berth_program(own: &Path) -> Result<String, String> {
+    let berth = std::env::var("BERTH_BIN").map_or_else(|_| own.with_file_name("berth"), PathBuf::from);
+    if !berth.exists() {
+        let why = "build it (cargo build --release) or set BERTH_BIN";
+        return Err(format!("{} is missing: {why}", berth.display()));
+    }
+    Ok(berth.display().to_string())
+}
+
 fn wait_for_socket(socket: &Path, child: &mut Child) -> Result<(), String> {
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(20) {
@@ -266,6 +313,9 @@ fn wait_for_socket(socket: &Path, child: &mut Child) -> Result<(), String> {
 #[derive(Debug)]
 pub(crate) struct Server {
     child: Option<Child>,
+    /// Kept open: it goes on to talk.
+    #[expect(dead_code, reason = "held, not read")]
+    output: Option<BufReader<ChildStdout>>,
     target: Target,
     contender: Contender,
 }

@@ -185,8 +185,25 @@ impl Results {
     /// Berth's figure against one bar: a description, the spread, and whether it is met.
     fn judge(&self, row: &Row, bar: Bar) -> Option<(String, Spread, bool)> {
         let main = |sample: &Sample| sample.figure(row.measure);
-        let berth = Contender::Berth;
+        let berth = if row.replicas == 1 { Contender::Berth } else { Contender::BerthCluster };
         match bar {
+            Bar::AtLeast(least) => {
+                let value = self.main_figures(row, berth)?;
+                Some((format!("≥ {least} {}", unit(row.measure)), value, value.median >= least))
+            }
+            Bar::AtMost(most) => {
+                let value = self.main_figures(row, berth)?;
+                Some((format!("≤ {most} {}", unit(row.measure)), value, value.median <= most))
+            }
+            Bar::CpuUs(most) => {
+                let value = self.figures(row, berth, |sample| sample.server_cpu_us)?;
+                Some((format!("server CPU ≤ {most} µs"), value, value.median <= most))
+            }
+            Bar::OfRawShared(least) => {
+                let shares = f64::from(row.replicas);
+                let ratio = self.paired(row, (berth, Contender::Raw), main, |a, b| a * shares / b)?;
+                Some((format!("≥ {least} × raw ÷ {}", row.replicas), ratio, ratio.median >= least))
+            }
             Bar::OfRaw(least) => {
                 // A wire slower than the disk is the limit.
                 let median = |who| self.main_figures(row, who).map_or(f64::MAX, |s| s.median);
