@@ -377,7 +377,8 @@ impl<M: Memory> Shard<M> {
             || self.lanes.iter().enumerate().filter(|(other, lane)| *other != index && lane.pool == pool);
         let needed_elsewhere = others().map(|(_, other)| other.lane.segments_needed()).sum();
         let others_are_hungry = others().any(|(_, other)| other.lane.is_hungry());
-        let waits = self.lanes[index].lane.is_hungry();
+        // Whether it is hungry would say less: that goes by what the pool had free when the lane was last told.
+        let waits = self.lanes[index].lane.has_blocked_changes();
         let others_may_give = waits && others().any(|(_, other)| other.lane.may_give());
         let (lane, space) = (&mut self.lanes[index].lane, &mut self.spaces[pool]);
         if others_are_hungry {

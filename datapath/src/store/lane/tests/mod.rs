@@ -7,6 +7,7 @@ mod fill;
 mod order;
 mod promise;
 mod repair;
+mod space;
 
 use super::{AckPolicy, BlockRange, Context, FetchOutcome, Lane, LaneConfig, Payload, PoolShare};
 use crate::limits::PIECE_BYTES_MAX;
