@@ -1,6 +1,7 @@
 //! A lane alone with a disk: what the simulator does not ask of it, because only replicas will.
 
 mod changed;
+mod check;
 mod disk;
 mod fetch;
 mod fill;
