@@ -138,12 +138,7 @@ pub struct Driver<E> {
 impl<E: Engine<Memory = SimMemory>> Driver<E> {
     /// Takes charge of an engine that has just been started.
     pub fn new(mut engine: E, disk: Disk, now: Moment, plan: &MemoryPlan, random: Random) -> Driver<E> {
-        let buffers = ReceiveBuffers::new(
-            plan.receive_buffer,
-            plan.receive_buffer_count,
-            engine.memory(),
-            random.fork("receive buffers", 0),
-        );
+        let buffers = ReceiveBuffers::new(plan.receive_buffer, plan.receive_buffer_count, engine.memory());
         let mut driver = Driver {
             engine,
             disk,
@@ -428,7 +423,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                     [token.0.into(), offset_bytes, memory.len.into()],
                 );
                 self.assert_device_range(device, offset_bytes, memory, 512);
-                self.engine.memory().lend(memory, Lending::Exclusive, &mut self.random);
+                self.engine.memory().lend(memory, Lending::Exclusive);
                 let started = self.disk.start_read(offset_bytes, memory.len as usize);
                 self.note_operation(started, DeviceOperation { token, purpose: Purpose::Read, memory });
             }
@@ -440,7 +435,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                 );
                 self.assert_device_range(device, offset_bytes, memory, BLOCK_BYTES_U64);
                 self.counts.device_writes += 1;
-                self.engine.memory().lend(memory, Lending::Shared, &mut self.random);
+                self.engine.memory().lend(memory, Lending::Shared);
                 let bytes = self.engine.memory().driver_bytes(memory);
                 let started = self.disk.start_write(offset_bytes, bytes, durable);
                 self.note_operation(started, DeviceOperation { token, purpose: Purpose::Write, memory });
@@ -529,7 +524,9 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let result = match operation.purpose {
             Purpose::Read => {
                 let result = self.disk.finish(index, memory.driver_bytes_mut(operation.memory));
-                memory.take_back(operation.memory, Lending::Exclusive);
+                // A failed read may have transferred anything.
+                let filled_bytes = if result.is_ok() { operation.memory.len } else { 0 };
+                memory.take_back_filled(operation.memory, filled_bytes, &mut self.random);
                 result
             }
             Purpose::Write => {
@@ -552,7 +549,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     fn start_receive(&mut self, id: ConnectionId, exact: Option<MemoryRange>) {
         self.open_connection(id);
         let connection = self.connections[id.0 as usize].as_mut().expect("checked above");
-        connection.pipe.start_receive(exact, self.engine.memory(), &mut self.random);
+        connection.pipe.start_receive(exact, self.engine.memory());
         self.plan_arrival(id);
     }
 
@@ -561,7 +558,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let pieces = self.engine.send_pieces(id).to_vec();
         assert!(pieces.len() <= SEND_PIECES_MAX, "{} pieces in one send", pieces.len());
         let connection = self.connections[id.0 as usize].as_mut().expect("checked above");
-        connection.pipe.start_send(&pieces, self.engine.memory(), &mut self.random);
+        connection.pipe.start_send(&pieces, self.engine.memory());
         self.plan_departure(id);
     }
 
