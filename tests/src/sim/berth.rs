@@ -106,11 +106,13 @@ impl Subject for BerthSubject {
         setup.disk_bytes = segments * MIB;
         setup.may_fill = random.percent(20) || setup.slant.fills;
         // What a pool of this size holds besides its working space.
-        let room = if self.lanes == 1 { segments - 22 } else { (segments - 40) / 2 } * MIB;
+        let room = if self.lanes == 1 { segments - 22 } else { segments - 40 } * MIB;
+        // Two lanes keep so much for their work that the cleaner would have none if they held little.
+        let usual = if self.lanes == 1 { 30..=85 } else { 60..=80 };
         let count = u64::try_from(setup.volumes.len()).expect("few volumes");
         let part = room / count;
         for volume in &mut setup.volumes {
-            let percent = if setup.may_fill { random.range(100..=400) } else { random.range(30..=85) };
+            let percent = if setup.may_fill { random.range(100..=400) } else { random.range(usual.clone()) };
             volume.size_bytes = (part * percent / 100 / BLOCK_BYTES_U64).max(16) * BLOCK_BYTES_U64;
         }
         self.map_cache_bytes = *random.pick(&[0, 256 << 10, 64 << 20]);
