@@ -8,6 +8,12 @@ use crate::units::BLOCK_BYTES_USIZE;
 
 /// Problems that are listed; further ones are only counted.
 const LISTED_MAX: usize = 20;
+/// Blocks of a volume that are gathered, to be read in the order in which they lie in the pool: those of 256 MiB.
+const GATHERED_MAX: usize = 64 << 10;
+/// Blocks of one read.
+const READ_BLOCKS_MAX: u32 = 256;
+/// So many blocks that nobody asked for are rather read along than left out.
+const GAP_BLOCKS_MAX: u32 = 8;
 
 /// What the check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,6 +52,8 @@ pub fn check_lane(reader: &mut impl PoolReader, layout: &Layout, recovered: &mut
         report: CheckReport::default(),
         referenced: vec![0; (recovered.segments.pool_count() * layout.segment_blocks).div_ceil(64) as usize],
         live: vec![0; recovered.segments.pool_count() as usize],
+        gathered: Vec::new(),
+        buffer: Vec::new(),
     };
     for place in recovered.body.clone().iter().flatten().flat_map(|run| run.places()) {
         check.refer(place, || "the checkpoint's body".to_owned());
@@ -70,6 +78,15 @@ struct Check {
     /// One bit per block of the pool.
     referenced: Vec<u64>,
     live: Vec<u32>,
+    gathered: Vec<Gathered>,
+    buffer: Vec<u8>,
+}
+
+/// A block of the volume that is being checked, to be read.
+#[derive(Clone, Copy)]
+struct Gathered {
+    mapping: Mapping,
+    block: u64,
 }
 
 impl Check {
@@ -107,34 +124,67 @@ impl Check {
                 if mapping.place == Place::LOST {
                     self.report.lost_blocks += 1;
                 } else if mapping.place != Place::NONE {
-                    self.check_block(reader, &name, block, size_blocks, mapping);
+                    self.gather_block(&name, block, size_blocks, mapping);
                 }
             }
+            if self.gathered.len() >= GATHERED_MAX {
+                self.read_gathered(reader, &name);
+            }
         }
+        self.read_gathered(reader, &name);
     }
 
-    fn check_block(
-        &mut self,
-        reader: &mut impl PoolReader,
-        name: &str,
-        block: u64,
-        size_blocks: u64,
-        mapping: Mapping,
-    ) {
+    fn gather_block(&mut self, name: &str, block: u64, size_blocks: u64, mapping: Mapping) {
         self.report.data_blocks += 1;
         if block >= size_blocks {
             self.report.add(|| format!("volume {name}: block {block} lies past its end"));
         }
-        if !self.refer(mapping.place, || format!("volume {name}, block {block}")) {
-            return;
+        if self.refer(mapping.place, || format!("volume {name}, block {block}")) {
+            self.gathered.push(Gathered { mapping, block });
         }
-        let mut bytes = [0; BLOCK_BYTES_USIZE];
-        if !reader.read_at(mapping.place.offset_bytes(), &mut bytes) {
-            self.report.add(|| format!("volume {name}: block {block} cannot be read at {}", mapping.place.0));
-        } else if crc32c(&bytes) != mapping.crc {
-            self.report
-                .add(|| format!("volume {name}: block {block} has a wrong checksum at {}", mapping.place.0));
+    }
+
+    /// Reads what was gathered, in runs as they lie in the pool.
+    fn read_gathered(&mut self, reader: &mut impl PoolReader, name: &str) {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        gathered.sort_unstable_by_key(|found| found.mapping.place.0);
+        let mut rest = &gathered[..];
+        while let Some(first) = rest.first() {
+            let start = first.mapping.place.0;
+            let mut end = start + 1;
+            let in_run = rest.iter().take_while(|found| {
+                let place = found.mapping.place.0;
+                let goes_on = place.saturating_sub(end) <= GAP_BLOCKS_MAX && place - start < READ_BLOCKS_MAX;
+                end = if goes_on { place + 1 } else { end };
+                goes_on
+            });
+            let (run, others) = rest.split_at(in_run.count());
+            self.read_run(reader, name, run, end - start);
+            rest = others;
         }
+        gathered.clear();
+        self.gathered = gathered;
+    }
+
+    /// Reads the blocks of a run at once, or one by one if there is one that cannot be read.
+    fn read_run(&mut self, reader: &mut impl PoolReader, name: &str, run: &[Gathered], blocks: u32) {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(blocks as usize * BLOCK_BYTES_USIZE, 0);
+        let start = run[0].mapping.place;
+        let all_here = reader.read_at(start.offset_bytes(), &mut buffer);
+        for Gathered { mapping, block } in run {
+            let at = (mapping.place.0 - start.0) as usize * BLOCK_BYTES_USIZE;
+            let bytes = &mut buffer[at..at + BLOCK_BYTES_USIZE];
+            if !all_here && !reader.read_at(mapping.place.offset_bytes(), bytes) {
+                self.report
+                    .add(|| format!("volume {name}: block {block} cannot be read at {}", mapping.place.0));
+            } else if crc32c(bytes) != mapping.crc {
+                self.report.add(|| {
+                    format!("volume {name}: block {block} has a wrong checksum at {}", mapping.place.0)
+                });
+            }
+        }
+        self.buffer = buffer;
     }
 
     /// Notes a reference. False if the place is outside the pool.

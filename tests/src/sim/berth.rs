@@ -116,13 +116,15 @@ impl Subject for BerthSubject {
         // What a pool of this size holds besides its working space.
         let room = match self.lanes {
             1 => segments - 22,
-            2 => (segments - 40) / 2,
-            _ => (segments - 64) / 3,
+            2 => segments - 40,
+            _ => segments - 64,
         } * MIB;
+        // Several lanes keep so much for their work that the cleaner would have none if they held little.
+        let usual = if self.lanes == 1 { 30..=85 } else { 60..=80 };
         let count = u64::try_from(setup.volumes.len()).expect("few volumes");
         let part = room / count;
         for volume in &mut setup.volumes {
-            let percent = if setup.may_fill { random.range(100..=400) } else { random.range(30..=85) };
+            let percent = if setup.may_fill { random.range(100..=400) } else { random.range(usual.clone()) };
             volume.size_bytes = (part * percent / 100 / BLOCK_BYTES_U64).max(16) * BLOCK_BYTES_U64;
         }
         self.map_cache_bytes = *random.pick(&[0, 256 << 10, 64 << 20]);

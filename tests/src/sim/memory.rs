@@ -63,20 +63,28 @@ impl SimMemory {
         }
     }
 
-    /// The driver takes charge of a range. What it is going to fill holds noise until then.
+    /// The driver takes charge of a range.
     ///
     /// # Panics
     /// If the engine names memory that the driver has already, unless both only read it.
-    pub fn lend(&mut self, range: MemoryRange, lending: Lending, random: &mut Random) {
-        match lending {
-            Lending::Shared => self.assert_free(range, Lending::Shared, "asks to send or write"),
-            Lending::Exclusive => {
-                self.assert_free(range, Lending::Exclusive, "asks to fill");
-                self.poison(range, random);
-            }
-        }
+    pub fn lend(&mut self, range: MemoryRange, lending: Lending) {
+        let verb = match lending {
+            Lending::Shared => "asks to send or write",
+            Lending::Exclusive => "asks to fill",
+        };
+        self.assert_free(range, lending, verb);
         self.count_lends(range, |count| *count += 1);
         self.lends.push(Lend { range, lending });
+    }
+
+    /// A range that the driver was to fill is the engine's again. Of it `filled_bytes` were; the rest holds noise, whatever
+    /// was there before.
+    ///
+    /// # Panics
+    /// If it was not lent.
+    pub fn take_back_filled(&mut self, range: MemoryRange, filled_bytes: u32, random: &mut Random) {
+        self.take_back(range, Lending::Exclusive);
+        self.poison(range.part(filled_bytes, range.len - filled_bytes), random);
     }
 
     /// The range is the engine's again.
@@ -176,7 +184,7 @@ mod tests {
     fn lent(lending: Lending) -> SimMemory {
         let mut memory = SimMemory::new(1 << 20);
         memory.bytes_mut(range(4096, 100)).fill(7);
-        memory.lend(range(4100, 50), lending, &mut Random::new(1));
+        memory.lend(range(4100, 50), lending);
         memory
     }
 
@@ -185,7 +193,6 @@ mod tests {
         let mut memory = lent(Lending::Exclusive);
         memory.bytes_mut(range(4096, 4)).fill(1);
         memory.bytes_mut(range(4150, 50)).fill(1);
-        assert!(memory.driver_bytes(range(4100, 50)).iter().any(|byte| *byte != 7), "filled with noise");
         memory.take_back(range(4100, 50), Lending::Exclusive);
         memory.bytes_mut(range(4096, 100)).fill(2);
     }
@@ -194,7 +201,7 @@ mod tests {
     fn shared_ranges_may_be_read_and_lent_again() {
         let mut memory = lent(Lending::Shared);
         assert_eq!(memory.bytes(range(4100, 50)), [7; 50]);
-        memory.lend(range(4120, 10), Lending::Shared, &mut Random::new(1));
+        memory.lend(range(4120, 10), Lending::Shared);
         memory.take_back(range(4100, 50), Lending::Shared);
         memory.take_back(range(4120, 10), Lending::Shared);
         memory.bytes_mut(range(4096, 100)).fill(2);
@@ -215,7 +222,16 @@ mod tests {
     #[test]
     #[should_panic(expected = "the engine asks to fill")]
     fn filling_one_range_twice_is_caught() {
-        lent(Lending::Exclusive).lend(range(4110, 1), Lending::Exclusive, &mut Random::new(1));
+        lent(Lending::Exclusive).lend(range(4110, 1), Lending::Exclusive);
+    }
+
+    #[test]
+    fn what_was_not_filled_comes_back_as_noise() {
+        let mut memory = lent(Lending::Exclusive);
+        memory.take_back_filled(range(4100, 50), 10, &mut Random::new(1));
+        assert_eq!(memory.bytes(range(4096, 14)), [7; 14]);
+        assert_ne!(memory.bytes(range(4110, 40)), [7; 40]);
+        assert_eq!(memory.bytes(range(4150, 46)), [7; 46]);
     }
 
     #[test]

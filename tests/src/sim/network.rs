@@ -42,22 +42,22 @@ impl Cutting {
     }
 }
 
-/// The driver's receive buffers, cut from one end of the memory.
+/// The driver's receive buffers, cut from one end of the memory. Of a buffer that the engine has, it may only touch what
+/// was received.
 #[derive(Debug)]
 pub struct ReceiveBuffers {
     first: MemoryRange,
-    /// Per buffer: does the engine have it?
-    lent_out: Vec<bool>,
-    random: Random,
+    /// Per buffer: how much of it the engine has, if it does.
+    received_bytes: Vec<Option<u32>>,
 }
 
 impl ReceiveBuffers {
     /// Takes charge of `count` buffers, of which `first` is the first one and the others follow it.
     #[must_use]
-    pub fn new(first: MemoryRange, count: u16, memory: &mut SimMemory, random: Random) -> ReceiveBuffers {
-        let mut buffers = ReceiveBuffers { first, lent_out: vec![false; usize::from(count)], random };
+    pub fn new(first: MemoryRange, count: u16, memory: &mut SimMemory) -> ReceiveBuffers {
+        let buffers = ReceiveBuffers { first, received_bytes: vec![None; usize::from(count)] };
         for number in 0..count {
-            memory.lend(buffers.range(ReceiveBuffer(number)), Lending::Exclusive, &mut buffers.random);
+            memory.lend(buffers.range(ReceiveBuffer(number)), Lending::Exclusive);
         }
         buffers
     }
@@ -67,33 +67,41 @@ impl ReceiveBuffers {
     /// # Panics
     /// If it never had it.
     pub fn recycle(&mut self, buffer: ReceiveBuffer, memory: &mut SimMemory) {
-        let lent_out = &mut self.lent_out[usize::from(buffer.0)];
-        assert!(std::mem::take(lent_out), "the engine returns {buffer:?}, which it does not have");
-        memory.lend(self.range(buffer), Lending::Exclusive, &mut self.random);
+        let received_bytes = self.received_bytes[usize::from(buffer.0)].take();
+        let received_bytes =
+            received_bytes.unwrap_or_else(|| panic!("the engine returns {buffer:?}, which it does not have"));
+        let range = self.range(buffer);
+        memory.take_back(range.part(received_bytes, range.len - received_bytes), Lending::Exclusive);
+        memory.lend(range, Lending::Exclusive);
     }
 
     /// Buffers that the engine has.
     #[must_use]
     pub fn lent_out_count(&self) -> usize {
-        self.lent_out.iter().filter(|lent_out| **lent_out).count()
+        self.received_bytes.iter().flatten().count()
     }
 
     /// Buffers in all.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.lent_out.len()
+        self.received_bytes.len()
     }
 
     fn range(&self, buffer: ReceiveBuffer) -> MemoryRange {
         MemoryRange { start: self.first.start + u32::from(buffer.0) * self.first.len, len: self.first.len }
     }
 
-    fn take(&mut self, memory: &mut SimMemory) -> Option<ReceiveBuffer> {
-        let number = self.lent_out.iter().position(|lent_out| !lent_out)?;
-        self.lent_out[number] = true;
+    /// Puts as many of `bytes` into a buffer as fit.
+    fn fill(&mut self, bytes: &[u8], memory: &mut SimMemory) -> Option<(ReceiveBuffer, MemoryRange)> {
+        let number = self.received_bytes.iter().position(Option::is_none)?;
         let buffer = ReceiveBuffer(u16::try_from(number).expect("a 16-bit count"));
-        memory.take_back(self.range(buffer), Lending::Exclusive);
-        Some(buffer)
+        let whole = self.range(buffer);
+        let received = whole.part(0, to_u32(bytes.len()).min(whole.len));
+        memory.driver_bytes_mut(received).copy_from_slice(&bytes[..received.len as usize]);
+        memory.take_back(whole, Lending::Exclusive);
+        memory.lend(whole.part(received.len, whole.len - received.len), Lending::Exclusive);
+        self.received_bytes[number] = Some(received.len);
+        Some((buffer, received))
     }
 }
 
@@ -173,7 +181,7 @@ impl Pipe {
     ///
     /// # Panics
     /// If that is against the rules of the port.
-    pub fn start_receive(&mut self, exact: Option<MemoryRange>, memory: &mut SimMemory, random: &mut Random) {
+    pub fn start_receive(&mut self, exact: Option<MemoryRange>, memory: &mut SimMemory) {
         let id = self.id;
         assert!(matches!(self.receiving, Receiving::Idle), "{id:?} has a receive under way");
         assert!(!self.receive_ended, "{id:?} was told that receiving ended, and receives");
@@ -182,7 +190,7 @@ impl Pipe {
             None => Receiving::Any,
             Some(range) => {
                 assert!(range.len > 0, "{id:?} receives exactly nothing");
-                memory.lend(range, Lending::Exclusive, random);
+                memory.lend(range, Lending::Exclusive);
                 Receiving::Exact { memory: range, filled: 0 }
             }
         };
@@ -192,14 +200,14 @@ impl Pipe {
     ///
     /// # Panics
     /// If that is against the rules of the port.
-    pub fn start_send(&mut self, pieces: &[MemoryRange], memory: &mut SimMemory, random: &mut Random) {
+    pub fn start_send(&mut self, pieces: &[MemoryRange], memory: &mut SimMemory) {
         let id = self.id;
         assert!(self.sending.is_none(), "{id:?} has a send under way");
         assert!(!self.send_failed, "{id:?} was told that sending failed, and sends");
         assert!(!self.server_closing, "{id:?} sends after it was closed");
         assert!(!pieces.is_empty() && pieces.iter().all(|piece| piece.len > 0), "{id:?} sends nothing");
         for piece in pieces {
-            memory.lend(*piece, Lending::Shared, random);
+            memory.lend(*piece, Lending::Shared);
         }
         self.sending = Some(Sending { pieces: pieces.to_vec(), piece: 0, offset: 0 });
     }
@@ -224,7 +232,7 @@ impl Pipe {
             return Progress::Blocked;
         }
         if self.server_closing || (self.client_left && self.to_server.is_empty()) {
-            return self.end_receive(memory);
+            return self.end_receive(memory, random);
         }
         if self.to_server.is_empty() {
             return Progress::Blocked;
@@ -233,10 +241,8 @@ impl Pipe {
         match &mut self.receiving {
             Receiving::Idle => unreachable!("handled above"),
             Receiving::Any => {
-                let Some(buffer) = buffers.take(memory) else { return Progress::Blocked };
-                let range = buffers.range(buffer);
-                let range = range.part(0, to_u32(count).min(range.len));
-                memory.driver_bytes_mut(range).copy_from_slice(&self.to_server.peek()[..range.len as usize]);
+                let arriving = &self.to_server.peek()[..count];
+                let Some((buffer, range)) = buffers.fill(arriving, memory) else { return Progress::Blocked };
                 self.to_server.skip(range.len as usize);
                 self.receiving = Receiving::Idle;
                 Progress::Event(Event::Received { connection: self.id, memory: range, buffer })
@@ -292,6 +298,10 @@ impl Pipe {
             return false;
         }
         let count = self.cutting.draw(self.to_client.len(), random);
+        if count == self.to_client.len() && input.is_empty() {
+            std::mem::swap(input, &mut self.to_client);
+            return false;
+        }
         input.push(&self.to_client.peek()[..count]);
         self.to_client.skip(count);
         !self.to_client.is_empty()
@@ -321,9 +331,9 @@ impl Pipe {
         !matches!(self.receiving, Receiving::Idle) || self.sending.is_some()
     }
 
-    fn end_receive(&mut self, memory: &mut SimMemory) -> Progress {
-        if let Receiving::Exact { memory: range, .. } = self.receiving {
-            memory.take_back(range, Lending::Exclusive);
+    fn end_receive(&mut self, memory: &mut SimMemory, random: &mut Random) -> Progress {
+        if let Receiving::Exact { memory: range, filled } = self.receiving {
+            memory.take_back_filled(range, filled, random);
         }
         self.receiving = Receiving::Idle;
         self.receive_ended = true;
@@ -352,7 +362,7 @@ mod tests {
     fn bench(cutting: Cutting) -> Bench {
         let mut memory = SimMemory::new(1 << 20);
         let first = MemoryRange { start: 0, len: 4096 };
-        let buffers = ReceiveBuffers::new(first, 2, &mut memory, Random::new(1));
+        let buffers = ReceiveBuffers::new(first, 2, &mut memory);
         Bench { memory, buffers, random: Random::new(2), pipe: Pipe::new(ConnectionId(0), cutting) }
     }
 
@@ -371,12 +381,12 @@ mod tests {
             let mut received = Vec::new();
             let exact = MemoryRange { start: 65_536, len: 3_000 };
             while received.len() + 3_000 <= sent.len() {
-                bench.pipe.start_receive(Some(exact), &mut bench.memory, &mut bench.random);
+                bench.pipe.start_receive(Some(exact), &mut bench.memory);
                 while !matches!(bench.arrive(), Progress::Event(Event::ReceivedExact { .. })) {}
                 received.extend_from_slice(bench.memory.driver_bytes(exact));
             }
             while received.len() < sent.len() {
-                bench.pipe.start_receive(None, &mut bench.memory, &mut bench.random);
+                bench.pipe.start_receive(None, &mut bench.memory);
                 let Progress::Event(Event::Received { memory, buffer, .. }) = bench.arrive() else {
                     panic!()
                 };
@@ -391,11 +401,7 @@ mod tests {
     fn a_receive_ends_when_the_client_has_left() {
         let mut bench = bench(Cutting::Whole);
         bench.pipe.client_writes(&[1; 10]);
-        bench.pipe.start_receive(
-            Some(MemoryRange { start: 65_536, len: 100 }),
-            &mut bench.memory,
-            &mut bench.random,
-        );
+        bench.pipe.start_receive(Some(MemoryRange { start: 65_536, len: 100 }), &mut bench.memory);
         bench.pipe.client_leaves(&mut bench.random);
         while !matches!(bench.arrive(), Progress::Event(Event::ReceiveEnded { .. })) {}
     }
@@ -405,10 +411,10 @@ mod tests {
         let mut bench = bench(Cutting::Whole);
         bench.pipe.client_writes(&[1; 10_000]);
         for _ in 0..2 {
-            bench.pipe.start_receive(None, &mut bench.memory, &mut bench.random);
+            bench.pipe.start_receive(None, &mut bench.memory);
             assert!(matches!(bench.arrive(), Progress::Event(Event::Received { .. })));
         }
-        bench.pipe.start_receive(None, &mut bench.memory, &mut bench.random);
+        bench.pipe.start_receive(None, &mut bench.memory);
         assert!(matches!(bench.arrive(), Progress::Blocked));
         bench.buffers.recycle(ReceiveBuffer(0), &mut bench.memory);
         assert!(matches!(bench.arrive(), Progress::Event(Event::Received { .. })));
@@ -418,7 +424,7 @@ mod tests {
     fn a_client_that_does_not_read_holds_the_send_back() {
         let mut bench = bench(Cutting::Whole);
         let pieces = [MemoryRange { start: 65_536, len: 200 << 10 }];
-        bench.pipe.start_send(&pieces, &mut bench.memory, &mut bench.random);
+        bench.pipe.start_send(&pieces, &mut bench.memory);
         assert!(matches!(bench.pipe.depart(&mut bench.memory, &mut bench.random), Progress::Some));
         assert!(matches!(bench.pipe.depart(&mut bench.memory, &mut bench.random), Progress::Blocked));
         let mut input = ByteQueue::default();

@@ -154,13 +154,19 @@ fn first_line(info: &PanicHookInfo<'_>) -> String {
 #[must_use]
 pub fn summary(report: &Report) -> String {
     let mib = |bytes: u64| bytes >> 20;
+    let least = report.least.unwrap_or_else(|| report.tally());
     format!(
-        "{} requests ({} errors deserved), {} MiB written, {} MiB read\n\
+        "each seed: at least {} requests, {} recoveries, {} checkpoints, {} segments cleaned\n\
+         {} requests ({} errors deserved), {} MiB written, {} MiB read\n\
          {} lives: {} power cuts, {} kills, {} stops, {} crashes before the first answer, {} refusals\n\
          disk: {} MiB written, {} errors, {} flipped bits, {} blocks given up\n\
          {} threads, {} connections moved between them\n\
          engine: {} turns, {} batches, {} checkpoints, {} segments cleaned; {} s of virtual time\n\
          clients: {} stalled ones gave back their receive buffer, {} were put out",
+        least.requests,
+        least.recoveries,
+        least.checkpoints,
+        least.cleaned_segments,
         report.clients.answers,
         report.clients.errors,
         mib(report.clients.written_bytes),

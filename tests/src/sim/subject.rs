@@ -10,6 +10,7 @@ use super::memory::SimMemory;
 use super::oracle::Promises;
 use super::random::Random;
 use super::scenario::Slant;
+use super::world::{QUOTA, Tally};
 
 /// A volume of the simulated pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,6 +143,11 @@ pub trait Subject {
 
     /// What it survives.
     fn survives(&self, setup: &Setup) -> Survives;
+
+    /// What each seed is to see of it.
+    fn quota(&self) -> Tally {
+        QUOTA
+    }
 
     /// Where bits must not rot now, because a single copy cannot tell that from a write that was never finished: ranges
     /// of bytes.

@@ -108,7 +108,8 @@ impl<M: Memory> Shard<M> {
         let others =
             || self.lanes.iter().enumerate().filter(|(other, lane)| *other != index && lane.pool == pool);
         let needed: u32 = others().map(|(_, other)| other.lane.segments_needed()).sum();
-        let waits = self.lanes[index].lane.is_hungry();
+        // Whether it is hungry would say less: that goes by what the pool had free when the lane was last told.
+        let waits = self.lanes[index].lane.has_blocked_changes();
         PoolShare {
             segments: part.segments,
             free: part.free(),

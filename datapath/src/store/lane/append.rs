@@ -83,7 +83,7 @@ impl Lane {
         if !self.can_advance(kind, entry.kind) {
             return false;
         }
-        let Some(page) = context.pages.allocate(1) else { return false };
+        let Some(page) = context.pages.allocate(1).or_else(|| self.split_page.take()) else { return false };
         self.write_run_in_two(context, entry, payload, page, left - 1, record);
         true
     }
@@ -531,12 +531,20 @@ impl Lane {
         match memory {
             BatchMemory::Buffer(buffer) => self.batch_buffers.push(buffer),
             BatchMemory::Pages(pages) => context.pages.release(pages),
-            BatchMemory::TwoPages(one, other) => {
-                context.pages.release(one);
-                context.pages.release(other);
+            BatchMemory::TwoPages(payload, page) => {
+                context.pages.release(payload);
+                self.release_split_page(context, page);
             }
-            BatchMemory::LentAndPages(page) => context.pages.release(page),
+            BatchMemory::LentAndPages(page) => self.release_split_page(context, page),
             BatchMemory::Later | BatchMemory::Lent => {}
+        }
+    }
+
+    fn release_split_page<M: Memory>(&mut self, context: &mut Context<'_, M>, page: MemoryRange) {
+        if self.split_page.is_some() {
+            context.pages.release(page);
+        } else {
+            self.split_page = Some(page);
         }
     }
 

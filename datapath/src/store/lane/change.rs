@@ -201,9 +201,11 @@ impl Lane {
 
     /// A change waits for space and none can come, as when all garbage lies in segments that damage keeps from being
     /// emptied: it is refused rather than left to wait for ever. One that was numbered elsewhere cannot fail singly: it
-    /// waits.
+    /// waits. So does one that lacks a buffer or a page while there are segments: somebody gives those back.
     pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        if self.blocked[0].is_empty() || self.is_short || !self.cleaning_is_over() {
+        let lacks_segments = !self.can_advance(StreamKind::Client, EntryKind::Data);
+        let may_come = self.is_short || !lacks_segments;
+        if self.blocked[0].is_empty() || may_come || !self.cleaning_is_over() {
             return;
         }
         let first = self.blocked[0].iter().position(|index| self.changes.get(*index).stamp.is_none());

@@ -135,7 +135,7 @@ impl Lane {
     pub(super) fn space_wants_checkpoint(&self) -> bool {
         let free = self.segments.free_count() + self.pool_share.free;
         let kept = self.segments_kept(StreamKind::Client);
-        let waits = self.blocked.iter().any(|queue| !queue.is_empty());
+        let waits = self.has_blocked_changes();
         let worth_it = self.segments.dead_count() >= self.clean_below().saturating_sub(kept + 2).max(1);
         self.pool_share.others_are_hungry && self.segments.dead_count() > 0
             || free <= kept + 1 && (worth_it || waits && self.segments.dead_count() > 0)

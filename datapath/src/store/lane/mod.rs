@@ -287,6 +287,8 @@ pub struct Lane {
     streams: [Stream; 3],
     /// Buffers of small batches that are not in use.
     batch_buffers: Vec<MemoryRange>,
+    /// For the second descriptor of a run that is cut in two, when requests that wait for it hold all other memory.
+    split_page: Option<MemoryRange>,
     operations: Slab<Operation>,
     effects: VecDeque<DiskEffect>,
     completions: VecDeque<Completion>,
@@ -371,6 +373,7 @@ impl Lane {
         let batch_buffers = (0..BATCH_BUFFERS).map(|_| take(BATCH_BUFFER_PAGES)).collect();
         let cleaner = Cleaner::new(take(config.layout.segment_blocks));
         let checkpointer = Checkpointer::after(&recovered, take(1), take(1));
+        let split_page = Some(take(1));
         let zeroing = Zeroing { zeroes: take(ZERO_PAGES), ..Zeroing::default() };
         let volumes = recovered.volumes.into_iter();
         Lane {
@@ -386,6 +389,7 @@ impl Lane {
             pool_share: PoolShare::default(),
             streams: std::array::from_fn(|_| Stream::new()),
             batch_buffers,
+            split_page,
             operations: Slab::default(),
             effects: VecDeque::new(),
             completions: VecDeque::new(),
@@ -480,10 +484,16 @@ impl Lane {
         WORKING_SEGMENTS + self.pool_share.segments / 16
     }
 
+    /// Does a change wait, for space or for memory?
+    #[must_use]
+    pub fn has_blocked_changes(&self) -> bool {
+        self.blocked.iter().any(|queue| !queue.is_empty())
+    }
+
     /// Does a change wait for a segment that the pool does not have?
     #[must_use]
     pub fn is_hungry(&self) -> bool {
-        self.blocked.iter().any(|queue| !queue.is_empty())
+        self.has_blocked_changes()
             && self.pool_share.free == 0
             && self.segments.free_count() <= self.segments_kept(StreamKind::Client) + 1
     }

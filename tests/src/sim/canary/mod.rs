@@ -15,6 +15,7 @@ use super::disk::Disk;
 use super::memory::SimMemory;
 use super::oracle::Promises;
 use super::subject::{DiskReader, MemoryPlan, Setup, StartError, Subject, SubjectCounts, Survives};
+use super::world::{QUOTA, Tally};
 
 /// Requests are done in parts of this length.
 const PART_BYTES: u32 = 1 << 20;
@@ -120,6 +121,11 @@ impl Subject for CanarySubject {
 
     fn survives(&self, _setup: &Setup) -> Survives {
         Survives { errors: true, rot: false, lies: false }
+    }
+
+    /// It has no log.
+    fn quota(&self) -> Tally {
+        Tally { checkpoints: 0, cleaned_segments: 0, ..QUOTA }
     }
 
     fn format(&mut self, _setup: &Setup, disk: &mut Disk) {

@@ -359,8 +359,8 @@ impl Client {
             AskKind::Zeroes { .. } => change(ChangeKind::Zero),
             AskKind::Trim => change(ChangeKind::Trim),
             AskKind::Read { .. } => {
+                // What an earlier read left here is of no use to the server: an answer must cover every byte.
                 let mut bytes = self.spare.pop().unwrap_or_default();
-                bytes.clear();
                 bytes.resize(to_usize(ask.length_bytes), 0xee);
                 Model::Read { start: oracle.begin_read(), bytes, covered: Vec::new(), pieces: 0 }
             }

@@ -5,12 +5,19 @@ use crate::to_usize;
 /// Bytes in a page of an image.
 pub(super) const PAGE_BYTES: usize = 4096;
 
-type Page = Box<[u8; PAGE_BYTES]>;
+#[derive(Clone, Debug)]
+enum Page {
+    /// Reads as zeroes.
+    NeverWritten,
+    /// Written with zeroes: most of what a store writes ahead of use.
+    Zeroes,
+    Bytes(Box<[u8; PAGE_BYTES]>),
+}
 
 /// Sparse bytes. What was never written reads as zeroes.
 #[derive(Clone, Debug)]
 pub struct Image {
-    pages: Vec<Option<Page>>,
+    pages: Vec<Page>,
 }
 
 impl Image {
@@ -18,7 +25,7 @@ impl Image {
     #[must_use]
     pub fn new(len_bytes: u64) -> Image {
         assert!(len_bytes.is_multiple_of(PAGE_BYTES as u64), "{len_bytes} bytes are not whole pages");
-        Image { pages: vec![None; to_usize(len_bytes) / PAGE_BYTES] }
+        Image { pages: vec![Page::NeverWritten; to_usize(len_bytes) / PAGE_BYTES] }
     }
 
     /// Length in bytes.
@@ -30,7 +37,7 @@ impl Image {
     /// Was the page with this number ever written?
     #[must_use]
     pub fn is_written(&self, page: usize) -> bool {
-        self.pages[page].is_some()
+        !matches!(self.pages[page], Page::NeverWritten)
     }
 
     /// Copies bytes out of the image.
@@ -41,8 +48,8 @@ impl Image {
         for (page, inner, part) in parts(offset_bytes, target.len()) {
             let target = &mut target[part];
             match &self.pages[page] {
-                Some(bytes) => target.copy_from_slice(&bytes[inner..inner + target.len()]),
-                None => target.fill(0),
+                Page::Bytes(bytes) => target.copy_from_slice(&bytes[inner..inner + target.len()]),
+                Page::NeverWritten | Page::Zeroes => target.fill(0),
             }
         }
     }
@@ -54,8 +61,28 @@ impl Image {
     pub fn write(&mut self, offset_bytes: u64, source: &[u8]) {
         for (page, inner, part) in parts(offset_bytes, source.len()) {
             let source = &source[part];
-            let page = self.pages[page].get_or_insert_with(|| Box::new([0; PAGE_BYTES]));
-            page[inner..inner + source.len()].copy_from_slice(source);
+            match (&mut self.pages[page], <&[u8; PAGE_BYTES]>::try_from(source)) {
+                (Page::Bytes(bytes), _) => bytes[inner..inner + source.len()].copy_from_slice(source),
+                (page, Ok(whole)) => *page = Page::Bytes(Box::new(*whole)),
+                (page, Err(_)) => {
+                    let mut bytes = Box::new([0; PAGE_BYTES]);
+                    bytes[inner..inner + source.len()].copy_from_slice(source);
+                    *page = Page::Bytes(bytes);
+                }
+            }
+        }
+    }
+
+    /// Fills a range with zeroes.
+    ///
+    /// # Panics
+    /// If the range leaves the image.
+    pub fn write_zeroes(&mut self, offset_bytes: u64, len: usize) {
+        for (page, inner, part) in parts(offset_bytes, len) {
+            match &mut self.pages[page] {
+                Page::Bytes(bytes) if part.len() < PAGE_BYTES => bytes[inner..inner + part.len()].fill(0),
+                page => *page = Page::Zeroes,
+            }
         }
     }
 
@@ -70,7 +97,7 @@ impl Image {
     pub fn copy_pages_from(&mut self, other: &Image, offset_bytes: u64, len: usize) {
         for (page, _, _) in parts(offset_bytes, len) {
             match (&mut self.pages[page], &other.pages[page]) {
-                (Some(mine), Some(theirs)) => mine.copy_from_slice(&theirs[..]),
+                (Page::Bytes(mine), Page::Bytes(theirs)) => mine.copy_from_slice(&theirs[..]),
                 (mine, theirs) => mine.clone_from(theirs),
             }
         }
@@ -95,7 +122,7 @@ fn parts(offset_bytes: u64, len: usize) -> impl Iterator<Item = (usize, usize, s
 
 #[cfg(test)]
 mod tests {
-    use super::Image;
+    use super::{Image, PAGE_BYTES};
 
     #[test]
     fn bytes_come_back_and_the_rest_is_zero() {
@@ -107,6 +134,22 @@ mod tests {
             read.iter().enumerate().all(|(at, byte)| *byte == if (4000..9000).contains(&at) { 9 } else { 0 })
         );
         assert!(image.is_written(0) && image.is_written(2) && !image.is_written(3));
+    }
+
+    #[test]
+    fn zeroes_take_the_place_of_bytes() {
+        let mut image = Image::new(1 << 16);
+        image.write(0, &[9; 3 * PAGE_BYTES]);
+        image.write_zeroes(4000, 5000);
+        image.write_zeroes(40_000, 10);
+        let mut read = vec![1; 1 << 16];
+        image.read(0, &mut read);
+        let is_nine = |at: usize| at < 4000 || (9000..3 * PAGE_BYTES).contains(&at);
+        assert!(read.iter().enumerate().all(|(at, byte)| *byte == if is_nine(at) { 9 } else { 0 }));
+        assert!(image.is_written(1) && image.is_written(9) && !image.is_written(10));
+        image.flip(5000, 3);
+        image.read(5000, &mut read[..1]);
+        assert_eq!(read[0], 8);
     }
 
     #[test]

@@ -21,9 +21,11 @@
 //! | a lost or misdirected write | EIO, a refusal to start, or an older value that once was in the same place; never bytes that no client wrote there. More *cannot be asked* of one replica, which has no second witness |
 //! | a kill whose in-flight writes reach the disk after the next start | *not asked*: the pool's lock is held by the file until the kernel has finished them |
 
+mod content;
 mod image;
 mod rot;
 
+use content::Content;
 pub use image::Image;
 
 use super::random::Random;
@@ -102,7 +104,7 @@ enum Operation {
     },
     Write {
         offset_bytes: u64,
-        data: Vec<u8>,
+        data: Content,
         durable: bool,
     },
     /// Covers the first `covers` writes ever completed.
@@ -117,7 +119,7 @@ struct Record {
     /// Its place in the order of completion.
     number: u64,
     offset_bytes: u64,
-    data: Vec<u8>,
+    data: Content,
 }
 
 /// See the module's description.
@@ -200,9 +202,7 @@ impl Disk {
     pub fn start_write(&mut self, offset_bytes: u64, source: &[u8], durable: bool) -> (OperationIndex, u64) {
         self.counts.writes += 1;
         self.counts.written_bytes += source.len() as u64;
-        let mut data = self.spare.pop().unwrap_or_default();
-        data.clear();
-        data.extend_from_slice(source);
+        let data = Content::of(source, &mut self.spare);
         self.start(Operation::Write { offset_bytes, data, durable })
     }
 
@@ -263,14 +263,14 @@ impl Disk {
             let in_flight = position >= completed;
             let torn = if in_flight { 70 } else { torn };
             if self.random.percent(torn) {
-                self.tear(record.offset_bytes, &record.data, |disk, at, part| disk.make_stable(at, part));
+                self.tear(record.offset_bytes, &record.data, Disk::put_stable);
             } else if self.random.percent(survival) {
                 self.make_stable(record.offset_bytes, &record.data);
             }
         }
         for record in records {
             self.current.copy_pages_from(&self.stable, record.offset_bytes, record.data.len());
-            self.spare.push(record.data);
+            record.data.let_go(&mut self.spare);
         }
     }
 
@@ -279,7 +279,7 @@ impl Disk {
         for operation in std::mem::take(&mut self.operations).into_iter().flatten() {
             if let Operation::Write { offset_bytes, data, .. } = operation {
                 self.tear(offset_bytes, &data, Disk::apply);
-                self.spare.push(data);
+                data.let_go(&mut self.spare);
             }
         }
     }
@@ -354,9 +354,8 @@ impl Disk {
     }
 
     fn finish_read(&mut self, offset_bytes: u64, target: &mut [u8], failed: bool) {
+        // Of a failed one the driver makes noise.
         if failed {
-            // A failed read may have transferred anything.
-            self.random.fill(&mut target[..SECTOR_BYTES]);
             return;
         }
         self.current.read(offset_bytes, target);
@@ -365,7 +364,7 @@ impl Disk {
             if *start >= offset_bytes + target.len() as u64 || start + data.len() as u64 <= offset_bytes {
                 continue;
             }
-            for (at, sector) in (*start..).step_by(SECTOR_BYTES).zip(data.chunks(SECTOR_BYTES)) {
+            for (at, sector) in (*start..).step_by(SECTOR_BYTES).zip(data.bytes().chunks(SECTOR_BYTES)) {
                 let inside = at >= offset_bytes && at < offset_bytes + target.len() as u64;
                 if inside && self.random.percent(50) {
                     let position = crate::to_usize(at - offset_bytes);
@@ -375,7 +374,7 @@ impl Disk {
         }
     }
 
-    fn finish_write(&mut self, offset_bytes: u64, data: Vec<u8>, durable: bool, failed: bool) {
+    fn finish_write(&mut self, offset_bytes: u64, data: Content, durable: bool, failed: bool) {
         if failed {
             self.tear(offset_bytes, &data, Disk::apply);
         } else if self.random.per_million(self.faults.lost_writes) {
@@ -384,15 +383,15 @@ impl Disk {
             self.counts.lies += 1;
             let places = (self.len_bytes() - data.len() as u64) / image::PAGE_BYTES as u64;
             let elsewhere = self.random.range(0..=places) * image::PAGE_BYTES as u64;
-            self.apply(elsewhere, &data);
+            self.apply(elsewhere, &data.bytes());
         } else if durable {
             self.sync_overlapping(offset_bytes, data.len());
-            self.current.write(offset_bytes, &data);
+            data.write_to(&mut self.current, offset_bytes);
             self.make_stable(offset_bytes, &data);
         } else {
             return self.apply_owned(offset_bytes, data);
         }
-        self.spare.push(data);
+        data.let_go(&mut self.spare);
     }
 
     fn finish_sync(&mut self, covers: u64, failed: bool) {
@@ -408,7 +407,7 @@ impl Disk {
         if count > 0 {
             self.rot.note_sync();
         }
-        self.spare.extend(covered.drain(..).map(|record| record.data));
+        covered.drain(..).for_each(|record| record.data.let_go(&mut self.spare));
     }
 
     /// After a failed sync a part of what it covered is gone, at once and without a word; the rest stays
@@ -418,10 +417,10 @@ impl Disk {
         self.unsynced.splice(0..0, kept);
         for record in lost {
             self.current.copy_pages_from(&self.stable, record.offset_bytes, record.data.len());
-            self.spare.push(record.data);
+            record.data.let_go(&mut self.spare);
         }
         for record in &self.unsynced {
-            self.current.write(record.offset_bytes, &record.data);
+            record.data.write_to(&mut self.current, record.offset_bytes);
         }
     }
 
@@ -436,35 +435,38 @@ impl Disk {
         let count = self.unsynced.iter().rposition(overlaps).map_or(0, |position| position + 1);
         for record in self.unsynced.drain(..count).collect::<Vec<_>>() {
             self.make_stable(record.offset_bytes, &record.data);
-            self.spare.push(record.data);
+            record.data.let_go(&mut self.spare);
         }
     }
 
     fn apply(&mut self, offset_bytes: u64, source: &[u8]) {
-        let mut data = self.spare.pop().unwrap_or_default();
-        data.clear();
-        data.extend_from_slice(source);
+        let data = Content::of(source, &mut self.spare);
         self.apply_owned(offset_bytes, data);
     }
 
-    fn apply_owned(&mut self, offset_bytes: u64, data: Vec<u8>) {
+    fn apply_owned(&mut self, offset_bytes: u64, data: Content) {
         self.completed += 1;
-        self.current.write(offset_bytes, &data);
+        data.write_to(&mut self.current, offset_bytes);
         self.unsynced.push(Record { number: self.completed, offset_bytes, data });
     }
 
-    fn make_stable(&mut self, offset_bytes: u64, data: &[u8]) {
-        self.stable.write(offset_bytes, data);
+    fn make_stable(&mut self, offset_bytes: u64, data: &Content) {
+        data.write_to(&mut self.stable, offset_bytes);
         self.rot.note_stable(offset_bytes, data.len());
     }
 
+    fn put_stable(&mut self, offset_bytes: u64, source: &[u8]) {
+        self.stable.write(offset_bytes, source);
+        self.rot.note_stable(offset_bytes, source.len());
+    }
+
     /// Applies any part of a write: none, a head, a tail, or scattered sectors.
-    fn tear(&mut self, offset_bytes: u64, data: &[u8], apply: fn(&mut Disk, u64, &[u8])) {
+    fn tear(&mut self, offset_bytes: u64, data: &Content, apply: fn(&mut Disk, u64, &[u8])) {
         let unit = self.faults.tear_bytes;
         let units = data.len().div_ceil(unit);
         let cut = self.random.index(units + 1);
         let style = self.random.below(4);
-        for (number, part) in data.chunks(unit).enumerate() {
+        for (number, part) in data.bytes().chunks(unit).enumerate() {
             let keep = match style {
                 0 => false,
                 1 => number < cut,

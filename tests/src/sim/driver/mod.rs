@@ -139,9 +139,7 @@ pub struct Driver<E> {
 impl<E: Engine<Memory = SimMemory>> Driver<E> {
     /// Takes charge of engines that have just been started, one for each thread.
     pub fn new(engines: Vec<E>, disk: Disk, now: Moment, plan: &MemoryPlan, random: Random) -> Driver<E> {
-        let threads = (0..).zip(engines);
-        let threads =
-            threads.map(|(thread, engine)| Thread::new(engine, now, plan, &random.fork("thread", thread)));
+        let threads = engines.into_iter().map(|engine| Thread::new(engine, now, plan));
         let mut driver = Driver {
             threads: threads.collect(),
             disk,
@@ -360,7 +358,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                     [token.0.into(), offset_bytes, memory.len.into()],
                 );
                 self.assert_device_range(device, offset_bytes, memory, 512);
-                self.threads[thread].engine.memory().lend(memory, Lending::Exclusive, &mut self.random);
+                self.threads[thread].engine.memory().lend(memory, Lending::Exclusive);
                 let started = self.disk.start_read(offset_bytes, memory.len as usize);
                 self.note_operation(
                     started,
@@ -375,7 +373,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                 );
                 self.assert_device_range(device, offset_bytes, memory, BLOCK_BYTES_U64);
                 self.counts.device_writes += 1;
-                self.threads[thread].engine.memory().lend(memory, Lending::Shared, &mut self.random);
+                self.threads[thread].engine.memory().lend(memory, Lending::Shared);
                 let bytes = self.threads[thread].engine.memory().driver_bytes(memory);
                 let started = self.disk.start_write(offset_bytes, bytes, durable);
                 self.note_operation(
@@ -480,7 +478,9 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let result = match operation.purpose {
             Purpose::Read => {
                 let result = self.disk.finish(index, memory.driver_bytes_mut(operation.memory));
-                memory.take_back(operation.memory, Lending::Exclusive);
+                // A failed read may have transferred anything.
+                let filled_bytes = if result.is_ok() { operation.memory.len } else { 0 };
+                memory.take_back_filled(operation.memory, filled_bytes, &mut self.random);
                 result
             }
             Purpose::Write => {
@@ -504,8 +504,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     fn start_receive(&mut self, thread: usize, id: ConnectionId, exact: Option<MemoryRange>) {
         self.open_connection(thread, id);
         let connection = self.connections[id.0 as usize].as_mut().expect("checked above");
-        let memory = self.threads[thread].engine.memory();
-        connection.pipe.start_receive(exact, memory, &mut self.random);
+        connection.pipe.start_receive(exact, self.threads[thread].engine.memory());
         self.plan_arrival(id);
     }
 
@@ -514,7 +513,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         let pieces = self.threads[thread].engine.send_pieces(id).to_vec();
         assert!(pieces.len() <= SEND_PIECES_MAX, "{} pieces in one send", pieces.len());
         let connection = self.connections[id.0 as usize].as_mut().expect("checked above");
-        connection.pipe.start_send(&pieces, self.threads[thread].engine.memory(), &mut self.random);
+        connection.pipe.start_send(&pieces, self.threads[thread].engine.memory());
         self.plan_departure(id);
     }
 

@@ -65,13 +65,8 @@ impl Post {
 }
 
 impl<E: Engine<Memory = SimMemory>> Thread<E> {
-    pub(super) fn new(mut engine: E, now: Moment, plan: &MemoryPlan, random: &Random) -> Thread<E> {
-        let buffers = ReceiveBuffers::new(
-            plan.receive_buffer,
-            plan.receive_buffer_count,
-            engine.memory(),
-            random.fork("receive buffers", 0),
-        );
+    pub(super) fn new(mut engine: E, now: Moment, plan: &MemoryPlan) -> Thread<E> {
+        let buffers = ReceiveBuffers::new(plan.receive_buffer, plan.receive_buffer_count, engine.memory());
         Thread {
             engine,
             buffers,

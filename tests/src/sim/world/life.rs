@@ -278,7 +278,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             let volume = self.random.index(self.world.setup.volumes.len());
             let size_bytes = self.world.setup.volumes[volume].size_bytes;
             let random = self.random.fork("workload", number);
-            let workload = Workload::new(self.world.swarm.pattern.clone(), size_bytes, random);
+            let workload = Workload::new(self.world.pattern(), size_bytes, random);
             self.add_session(volume, Role::Worker(Box::new(workload)));
         }
     }

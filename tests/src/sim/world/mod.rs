@@ -1,32 +1,30 @@
 //! One seed: a pool is formatted, lives through crash after crash, and must keep every promise.
 //!
 //! A *life* goes from the start of an engine to a kill, a power cut or an orderly stop. In each, clients first
-//! or meanwhile read back all that the volumes hold. The last life has a healthy disk: everything must be
+//! or meanwhile read back all that the volumes hold. Lives follow each other until the seed has come to its quota of
+//! requests, recoveries, checkpoints and cleaned segments ([`QUOTA`]). The last life has a healthy disk: everything must be
 //! answered, all data be right, the stop be clean and the pool pass its own check.
 
 mod life;
+mod report;
 
 use datapath::units::Moment;
 
 use self::life::{Ending, Life, Outcome};
-use super::client::ClientCounts;
+pub use self::report::{QUOTA, Report, Tally};
 use super::disk::{Disk, DiskFaults};
 use super::memory::SimMemory;
 use super::oracle::{Crash, Oracle};
 use super::random::Random;
 use super::scenario::Slant;
-use super::subject::{
-    DiskReader, Setup, StableReader, StartError, Subject, SubjectCounts, Survives, VolumeSpec,
-};
+use super::subject::{DiskReader, Setup, StableReader, StartError, Subject, Survives, VolumeSpec};
 use super::trace;
 use super::workload::Pattern;
 
-/// Requests of one seed, at least.
-const REQUESTS_MIN: u64 = 2_000;
-/// Kills and power cuts of one seed, at least.
-const CRASHES_MIN: u64 = 5;
-/// Lives after which a seed ends even if it has not reached these: its crashes came too early.
-const LIVES_MAX: u64 = 40;
+/// A seed that has not come to its quota in so many lives never will.
+const LIVES_MAX: u64 = 200;
+/// Lives in which the disk lies, after the quota: what it does then may end the story.
+const LYING_LIVES: u64 = 15;
 /// Lives of a seed in which they are short.
 const SHORT_LIVES: u64 = 100;
 const MIB: u64 = 1 << 20;
@@ -41,6 +39,7 @@ struct Swarm {
     rot: bool,
     /// Chance per million occasions.
     rot_while_running: u64,
+    /// In the end, once the seed has come to its quota: lies may end the story.
     lies: bool,
     tear_bytes: usize,
     delay_ns_max: u64,
@@ -52,80 +51,6 @@ struct Swarm {
     idle_pauses: u64,
     clients: u64,
     pattern: Pattern,
-}
-
-/// What a seed did.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Report {
-    /// What clients did.
-    pub clients: ClientCounts,
-    /// Engines started.
-    pub lives: u64,
-    /// Power cuts.
-    pub power_cuts: u64,
-    /// Kills.
-    pub kills: u64,
-    /// Orderly stops.
-    pub drains: u64,
-    /// Crashes before the engine had answered a request.
-    pub early_crashes: u64,
-    /// Damaged images that were refused.
-    pub refusals: u64,
-    /// Errors that the disk reported.
-    pub disk_errors: u64,
-    /// Bits flipped.
-    pub flipped_bits: u64,
-    /// Bytes written to the disk.
-    pub disk_written_bytes: u64,
-    /// Turns of the engines.
-    pub turns: u64,
-    /// Threads of all lives together.
-    pub threads: u64,
-    /// Connections that moved from one thread to another.
-    pub moves: u64,
-    /// Virtual time.
-    pub virtual_ns: u64,
-    /// What the subject did.
-    pub subject: SubjectCounts,
-    /// Two runs of a seed must have the same one.
-    pub digest: u64,
-}
-
-impl Report {
-    /// Adds another seed's numbers.
-    pub fn add(&mut self, other: &Report) {
-        self.clients.requests += other.clients.requests;
-        self.clients.answers += other.clients.answers;
-        self.clients.errors += other.clients.errors;
-        self.clients.written_bytes += other.clients.written_bytes;
-        self.clients.read_bytes += other.clients.read_bytes;
-        self.lives += other.lives;
-        self.power_cuts += other.power_cuts;
-        self.kills += other.kills;
-        self.drains += other.drains;
-        self.early_crashes += other.early_crashes;
-        self.refusals += other.refusals;
-        self.disk_errors += other.disk_errors;
-        self.flipped_bits += other.flipped_bits;
-        self.disk_written_bytes += other.disk_written_bytes;
-        self.turns += other.turns;
-        self.threads += other.threads;
-        self.moves += other.moves;
-        self.virtual_ns += other.virtual_ns;
-        self.subject.add(&other.subject);
-        self.digest ^= other.digest;
-    }
-}
-
-impl SubjectCounts {
-    fn add(&mut self, other: &SubjectCounts) {
-        self.checkpoints += other.checkpoints;
-        self.lost_blocks += other.lost_blocks;
-        self.cleaned_segments += other.cleaned_segments;
-        self.batches += other.batches;
-        self.inputs_parked += other.inputs_parked;
-        self.connections_put_out += other.connections_put_out;
-    }
 }
 
 /// Runs one seed to its end.
@@ -158,6 +83,10 @@ struct World<'a, S: Subject> {
     now: Moment,
     random: Random,
     report: Report,
+    /// The number of lives when the disk began to lie.
+    lying_since: Option<u64>,
+    /// The last life ended with a kill or a power cut.
+    has_crashed: bool,
 }
 
 impl<'a, S: Subject> World<'a, S> {
@@ -195,19 +124,32 @@ impl<'a, S: Subject> World<'a, S> {
             now,
             random,
             report: Report::default(),
+            lying_since: None,
+            has_crashed: false,
         }
     }
 
-    fn goes_on(&self) -> bool {
+    /// Is there another life before the last one?
+    fn goes_on(&mut self) -> bool {
+        let lives = self.report.lives;
         if self.setup.slant.short_lives {
-            return self.report.lives < SHORT_LIVES;
+            return lives < SHORT_LIVES;
         }
-        let enough = self.report.clients.answers >= REQUESTS_MIN && self.crashes() >= CRASHES_MIN;
-        self.report.lives < LIVES_MAX && !enough
+        if self.lying_since.is_none() && !self.report.tally().reaches(&self.subject.quota()) {
+            assert!(lives < LIVES_MAX, "{lives} lives have come to no more than {:?}", self.report.tally());
+            return true;
+        }
+        self.swarm.lies && lives - *self.lying_since.get_or_insert(lives) < LYING_LIVES
     }
 
-    fn crashes(&self) -> u64 {
-        self.report.power_cuts + self.report.kills
+    /// How clients behave in the next life. A seed that lacks nothing but a cleaned segment is written faster: else many
+    /// had hundreds of lives before the pool is used up.
+    fn pattern(&self) -> Pattern {
+        let asked = self.subject.quota();
+        let tally = self.report.tally();
+        let enough = Tally { cleaned_segments: asked.cleaned_segments, ..tally }.reaches(&asked);
+        let pattern = self.swarm.pattern.clone();
+        if enough && !tally.reaches(&asked) { pattern.filling(256 << 10) } else { pattern }
     }
 
     fn disk(&mut self) -> &mut Disk {
@@ -223,6 +165,7 @@ impl<'a, S: Subject> World<'a, S> {
         let Some(engines) = self.start(threads) else { return false };
         self.report.lives += 1;
         self.report.threads += threads as u64;
+        self.report.recoveries += u64::from(std::mem::take(&mut self.has_crashed));
         let ending = match (last, self.setup.slant.short_lives) {
             (true, _) => Ending::last(),
             (false, true) => Ending::draw_early(&mut random),
@@ -249,7 +192,8 @@ impl<'a, S: Subject> World<'a, S> {
         let failed = disk.counts.errors > errors;
         let crash = self.end(outcome, &mut disk, failed);
         let crash = if lost_by_sync { Crash::PowerCut } else { crash };
-        if self.report.clients.answers == answers && outcome != Outcome::Drained {
+        self.has_crashed = outcome != Outcome::Drained;
+        if self.report.clients.answers == answers && self.has_crashed {
             self.report.early_crashes += 1;
         }
         for oracle in &mut self.oracles {
@@ -292,6 +236,7 @@ impl<'a, S: Subject> World<'a, S> {
 
     fn prepare_disk(&mut self, last: bool, random: &mut Random) {
         let swarm = self.swarm.clone();
+        let lies = swarm.lies && (self.lying_since.is_some() || self.setup.slant.short_lives);
         let errors = if random.percent(swarm.errors) { random.skewed(1_000..=50_000) } else { 0 };
         let failing_syncs = if self.setup.slant.failing_syncs { 50_000 } else { 0 };
         let mut faults = DiskFaults {
@@ -299,8 +244,8 @@ impl<'a, S: Subject> World<'a, S> {
             read_errors: if random.percent(50) { errors } else { 0 },
             sync_errors: if random.percent(50) { errors * 10 } else { failing_syncs },
             stalls: swarm.stalls,
-            lost_writes: if swarm.lies { 2_000 } else { 0 },
-            misdirected_writes: if swarm.lies { 2_000 } else { 0 },
+            lost_writes: if lies { 2_000 } else { 0 },
+            misdirected_writes: if lies { 2_000 } else { 0 },
             tear_bytes: swarm.tear_bytes,
             delay_ns_max: swarm.delay_ns_max,
         };
@@ -365,6 +310,8 @@ impl<'a, S: Subject> World<'a, S> {
     }
 
     fn finish(mut self) -> Report {
+        let (tally, quota) = (self.report.tally(), self.subject.quota());
+        assert!(self.setup.slant.short_lives || tally.reaches(&quota), "{tally:?}, but {quota:?} is asked");
         let counts = self.disk().counts;
         self.report.digest = trace::digest();
         self.report.disk_errors = counts.errors;

@@ -1,12 +1,14 @@
 //! A lane alone with a disk: what the simulator does not ask of it, because only replicas will.
 
 mod changed;
+mod check;
 mod disk;
 mod fetch;
 mod fill;
 mod order;
 mod promise;
 mod repair;
+mod space;
 
 use super::{AckPolicy, BlockRange, Context, FetchOutcome, Lane, LaneConfig, Payload, PoolShare};
 use crate::limits::PIECE_BYTES_MAX;
