@@ -28,12 +28,22 @@ impl DeviceSync {
         Some(self.running[0])
     }
 
-    /// Is this what [`Self::begin`] gave?
+    /// Begins a write that is on stable media when it ends, as if it were a sync: the kernel may make it one, with all
+    /// that a failure means. False if a sync is under way or wanted: the write is better covered by one that comes after it.
+    pub(super) fn begin_lasting_write(&mut self, token: Token) -> bool {
+        let free = self.running.is_empty() && self.waiting.is_empty();
+        if free {
+            self.running.push(token);
+        }
+        free
+    }
+
+    /// Is this what [`Self::begin`] gave, or [`Self::begin_lasting_write`] took?
     pub(super) fn is_running(&self, token: Token) -> bool {
         self.running.first() == Some(&token)
     }
 
-    /// The sync under way has ended: moves those that it was for to `served`. After a failure nobody waits for
+    /// The sync or write under way has ended: moves those that it was for to `served`. After a failure nobody waits for
     /// another one.
     pub(super) fn finish(&mut self, good: bool, served: &mut Vec<Token>) {
         served.append(&mut self.running);
@@ -59,6 +69,22 @@ mod tests {
         sync.finish(true, &mut served);
         assert_eq!(served, [Token(1), Token(2)]);
         assert_eq!(sync.begin(), Some(Token(3)));
+    }
+
+    #[test]
+    fn a_lasting_write_and_a_sync_never_run_at_once() {
+        let mut sync = DeviceSync::default();
+        assert!(sync.begin_lasting_write(Token(1)));
+        assert!(sync.is_running(Token(1)) && !sync.begin_lasting_write(Token(2)));
+        sync.request(Token(3));
+        assert_eq!(sync.begin(), None);
+        let mut served = Vec::new();
+        sync.finish(true, &mut served);
+        assert_eq!(served, [Token(1)]);
+        // Who waits for a sync comes first.
+        assert!(!sync.begin_lasting_write(Token(2)));
+        assert_eq!(sync.begin(), Some(Token(3)));
+        assert!(!sync.begin_lasting_write(Token(2)));
     }
 
     #[test]

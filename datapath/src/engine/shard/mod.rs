@@ -28,7 +28,7 @@ use crate::limits::CONNECTIONS_MAX;
 use crate::memory::{Memory, Pages};
 use crate::record::Record;
 use crate::session::nbd::Rejections;
-use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane, PoolShare};
+use crate::store::lane::{Completion, Context, DiskEffect, DiskOutcome, DiskToken, Lane, PoolShare};
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
 use connection::Connection;
@@ -271,22 +271,23 @@ impl<M: Memory> Shard<M> {
 
     fn finish_device_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
         let sync = &mut self.syncs[self.lanes[lane_of_token(token)].pool];
+        let outcome = |done: DiskOutcome| if result.is_ok() { done } else { DiskOutcome::Failed };
         if !sync.is_running(token) {
-            return self.finish_lane_operation(token, result);
+            return self.finish_lane_operation(token, outcome(DiskOutcome::Done));
         }
         let mut served = std::mem::take(&mut self.synced);
         sync.finish(result.is_ok(), &mut served);
         for token in served.drain(..) {
-            self.finish_lane_operation(token, result);
+            self.finish_lane_operation(token, outcome(DiskOutcome::Lasting));
         }
         self.synced = served;
     }
 
-    fn finish_lane_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
+    fn finish_lane_operation(&mut self, token: Token, outcome: DiskOutcome) {
         let lane = lane_of_token(token);
         let token = DiskToken(token.0 & 0x00ff_ffff);
-        self.with_lane(lane, |lane, context| lane.handle_disk(context, token, result.is_ok()));
-        if result.is_err() && self.lanes[lane].lane.has_failed() {
+        self.with_lane(lane, |lane, context| lane.handle_disk(context, token, outcome));
+        if outcome == DiskOutcome::Failed && self.lanes[lane].lane.has_failed() {
             self.fail_neighbours(lane);
         }
         self.take_completions(lane);
@@ -345,12 +346,12 @@ impl<M: Memory> Shard<M> {
                     offset_bytes: place.offset_bytes(),
                     memory,
                 },
-                DiskEffect::Write { token: of, place, memory } => Effect::DeviceWrite {
+                DiskEffect::Write { token: of, place, memory, lasting } => Effect::DeviceWrite {
                     token: token(of),
                     device,
                     offset_bytes: place.offset_bytes(),
                     memory,
-                    durable: false,
+                    durable: lasting && sync.begin_lasting_write(token(of)),
                 },
             });
         }
