@@ -63,7 +63,7 @@ fn main() -> ExitCode {
         Command::Bench(command) => run_bench(&command).map(|()| true),
         Command::Pool(arguments) => pool::run(&arguments),
         Command::Ctl(arguments) => ctl::run(arguments).map(|()| true),
-        Command::Volume(arguments) => volume::run(&arguments).map(|()| true),
+        Command::Volume(arguments) => volume::run(&arguments),
         Command::Node(arguments) => node::run(arguments).map(|()| true),
         Command::Status(arguments) => volume::status(&arguments),
         Command::Dev(arguments) => dev::run(&arguments).map(|()| true),

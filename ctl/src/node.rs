@@ -2,6 +2,7 @@
 
 use std::net::ToSocketAddrs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use nbd_server::control::convert::{NodeAddress, node_from_message};
@@ -67,6 +68,11 @@ pub(crate) struct RunArguments {
     /// Serve metrics to Prometheus on this address, at /metrics.
     #[arg(long, value_name = "ADDR:PORT")]
     metrics: Option<String>,
+
+    /// Read every block of the volumes that this node leads at all their replicas, compare them and make damage good, once in
+    /// so many days; 0: only when `berth volume verify` asks.
+    #[arg(long, value_name = "DAYS", default_value = "14", value_parser = parse_days)]
+    scrub_days: Duration,
 
     /// Let other nodes in on an address that other machines can connect to, without authentication.
     #[arg(long)]
@@ -135,8 +141,19 @@ fn run_as_node(run: RunArguments, ctl: String) -> Result<(), String> {
         cpus: run.cpus,
         map_cache: run.map_cache,
         metrics: run.metrics,
+        scrub_period: run.scrub_days,
     };
     run_node(&settings).map_err(|error| error.to_string())
+}
+
+/// Days, or a part of one.
+fn parse_days(text: &str) -> Result<Duration, String> {
+    const DAYS_MAX: f64 = 3650.0;
+    let days: f64 = text.parse().map_err(|_| format!("{text} is no number of days"))?;
+    if !(0.0..=DAYS_MAX).contains(&days) {
+        return Err(format!("{text} is not between 0 and {DAYS_MAX} days"));
+    }
+    Ok(Duration::from_secs_f64(days * 86_400.0))
 }
 
 /// There is no authentication between nodes yet: whoever can connect can write.
@@ -169,4 +186,19 @@ fn table(nodes: &[NodeReport]) -> String {
         lines.push(vec![node.name.clone(), node.node.to_string(), node.peer.clone(), nbd]);
     }
     columns(&lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_may_be_parts_of_one() {
+        assert_eq!(parse_days("14"), Ok(Duration::from_secs(14 * 86_400)));
+        assert_eq!(parse_days("0.5"), Ok(Duration::from_secs(43_200)));
+        assert_eq!(parse_days("0"), Ok(Duration::ZERO));
+        for bad in ["-1", "4000", "NaN", "inf", "a week"] {
+            parse_days(bad).expect_err(bad);
+        }
+    }
 }

@@ -1,9 +1,11 @@
 //! The flags of `berth volume`, and how its results are printed.
 
+mod verify;
+
 use clap::{Args, Subcommand};
 use datapath::record::{NodeId, Record};
 use datapath::units::BLOCK_BYTES_U64;
-use nbd_server::control::convert::record_from_message;
+use nbd_server::control::convert::{PassHistory, history_from_message, record_from_message};
 use nbd_server::control::proto::{
     self, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, get_volume_request,
 };
@@ -12,6 +14,7 @@ use nbd_server::size::Size;
 use nbd_server::volume_name::VolumeName;
 use serde::Serialize;
 
+use self::verify::PassReport;
 use crate::remote::{Client, RemoteArguments, answer, columns, node_names, print, with_client};
 
 /// Make, look at and delete replicated volumes.
@@ -47,6 +50,12 @@ enum VolumeCommand {
         /// Its name.
         name: VolumeName,
     },
+    /// Read and compare all replicas in sync while the volume is in use, and make damaged blocks good. Ends with status 1 if
+    /// replicas differ, damage stays, or not everything could be compared.
+    Verify {
+        /// Its name.
+        name: VolumeName,
+    },
     /// Delete a volume with all its data.
     Delete {
         /// Its name.
@@ -77,6 +86,10 @@ struct VolumeReport {
     catching_up: Vec<String>,
     stale: Vec<StaleReport>,
     min_in_sync: u32,
+    /// When the pass over it that is under way began, in seconds since 1970.
+    pass_began_at: Option<u64>,
+    /// The last pass that saw everything.
+    last_pass: Option<PassReport>,
 }
 
 #[derive(Debug, Serialize)]
@@ -88,7 +101,7 @@ struct StaleReport {
 type Names = [(u32, String)];
 
 impl VolumeReport {
-    fn new(record: Record, names: &Names) -> VolumeReport {
+    fn new(record: Record, passes: PassHistory, names: &Names) -> VolumeReport {
         let name = |node: NodeId| {
             let known = names.iter().find(|(number, _)| *number == node.0);
             known.map_or_else(|| format!("number {}", node.0), |(_, name)| name.clone())
@@ -109,6 +122,8 @@ impl VolumeReport {
                 .map(|stale| StaleReport { node: name(stale.node), since_version: stale.since_version })
                 .collect(),
             min_in_sync: record.min_in_sync,
+            pass_began_at: passes.began_at,
+            last_pass: passes.last.map(|last| PassReport::new(last, names)),
             name: record.name,
         }
     }
@@ -119,10 +134,11 @@ impl VolumeReport {
 }
 
 /// Runs the command and prints what came of it.
-pub(crate) fn run(arguments: &VolumeArguments) -> Result<(), String> {
+pub(crate) fn run(arguments: &VolumeArguments) -> Result<bool, String> {
     let output = arguments.remote.output;
     let ask = |request| with_client(&arguments.remote, |client| one(client, request));
-    match &arguments.command {
+    let printed = match &arguments.command {
+        VolumeCommand::Verify { name } => return verify::run(&arguments.remote, name),
         VolumeCommand::Create { name, size, on, min_in_sync } => {
             let made = ask(Request::Create(CreateVolumeRequest {
                 name: name.to_string(),
@@ -147,7 +163,8 @@ pub(crate) fn run(arguments: &VolumeArguments) -> Result<(), String> {
             let deleted = ask(Request::Delete(DeleteVolumeRequest { name: name.to_string() }))?;
             print(output, &deleted, || format!("volume {name} is deleted\n"))
         }
-    }
+    };
+    printed.map(|()| true)
 }
 
 /// Show the state of the cluster. Ends with status 1 if a volume has fewer replicas in sync than it should.
@@ -162,6 +179,8 @@ struct StatusReport {
     nodes: usize,
     volumes: Vec<VolumeReport>,
     degraded: Vec<String>,
+    /// Volumes whose last pass found what could not be made good.
+    damaged: Vec<String>,
 }
 
 /// Prints how the volumes are. False if one is degraded.
@@ -172,16 +191,21 @@ pub(crate) fn status(arguments: &StatusArguments) -> Result<bool, String> {
     })?;
     let is_degraded = |volume: &&VolumeReport| !volume.stale.is_empty() || !volume.catching_up.is_empty();
     let degraded = volumes.iter().filter(is_degraded).map(|volume| volume.name.clone()).collect();
-    let report = StatusReport { nodes, volumes, degraded };
+    let is_damaged = |volume: &&VolumeReport| volume.last_pass.as_ref().is_some_and(|pass| !pass.is_clean());
+    let damaged = volumes.iter().filter(is_damaged).map(|volume| volume.name.clone()).collect();
+    let report = StatusReport { nodes, volumes, degraded, damaged };
     print(arguments.remote.output, &report, || {
-        let all = if report.degraded.is_empty() {
+        let mut all = if report.degraded.is_empty() {
             "all replicas are in sync".to_owned()
         } else {
             format!("DEGRADED: {}", report.degraded.join(", "))
         };
+        if !report.damaged.is_empty() {
+            all.push_str(&format!("; DAMAGED (see `berth volume show`): {}", report.damaged.join(", ")));
+        }
         format!("{} nodes, {} volumes; {all}\n{}", report.nodes, report.volumes.len(), table(&report.volumes))
     })?;
-    Ok(report.degraded.is_empty())
+    Ok(report.degraded.is_empty() && report.damaged.is_empty())
 }
 
 /// Requests that are answered with one volume.
@@ -199,7 +223,8 @@ async fn one(mut client: Client, request: Request) -> Result<VolumeReport, Strin
         Request::Get(request) => answer(client.get_volume(request)).await,
         Request::Delete(request) => answer(client.delete_volume(request)).await,
     };
-    report(reply?.record.unwrap_or_default(), &names)
+    let reply = reply?;
+    report(reply.record.unwrap_or_default(), reply.check, &names)
 }
 
 async fn list(mut client: Client) -> Result<Vec<VolumeReport>, String> {
@@ -208,8 +233,9 @@ async fn list(mut client: Client) -> Result<Vec<VolumeReport>, String> {
     loop {
         let after = volumes.last().map_or(0, |last| last.number);
         let page = answer(client.list_volumes(ListVolumesRequest { after })).await?;
-        for record in page.records {
-            volumes.push(report(record, &names)?);
+        let checks = page.checks.into_iter().map(Some).chain(std::iter::repeat(None));
+        for (record, check) in page.records.into_iter().zip(checks) {
+            volumes.push(report(record, check, &names)?);
         }
         if !page.more || volumes.last().is_none_or(|last| last.number <= after) {
             return Ok(volumes);
@@ -217,10 +243,15 @@ async fn list(mut client: Client) -> Result<Vec<VolumeReport>, String> {
     }
 }
 
-fn report(message: proto::Record, names: &Names) -> Result<VolumeReport, String> {
-    let record = record_from_message(message);
-    let record = record.map_err(|error| format!("berth ctl sent what it must not: {error}"))?;
-    Ok(VolumeReport::new(record, names))
+fn report(
+    record: proto::Record,
+    check: Option<proto::CheckState>,
+    names: &Names,
+) -> Result<VolumeReport, String> {
+    let wrong = |error| format!("berth ctl sent what it must not: {error}");
+    let record = record_from_message(record).map_err(wrong)?;
+    let passes = history_from_message(check.unwrap_or_default()).map_err(wrong)?;
+    Ok(VolumeReport::new(record, passes, names))
 }
 
 fn table(volumes: &[VolumeReport]) -> String {
@@ -228,13 +259,15 @@ fn table(volumes: &[VolumeReport]) -> String {
         return "there are no volumes; make one with `berth volume create NAME --size 10G --on NODE`\n"
             .to_owned();
     }
-    let mut lines = vec![["NAME", "SIZE", "HEAD", "IN SYNC", "AWAY"].map(str::to_owned).to_vec()];
+    let heading = ["NAME", "SIZE", "HEAD", "IN SYNC", "AWAY", "LAST PASS"];
+    let mut lines = vec![heading.map(str::to_owned).to_vec()];
     for volume in volumes {
         let head = volume.head.clone().unwrap_or_else(|| "-".to_owned());
         let stale = volume.stale.iter().map(|stale| stale.node.clone());
         let away: Vec<String> = volume.catching_up.iter().cloned().chain(stale).collect();
         let away = if away.is_empty() { "-".to_owned() } else { away.join(",") };
-        lines.push(vec![volume.name.clone(), volume.size(), head, volume.in_sync.join(","), away]);
+        let pass = volume.last_pass.as_ref().map_or_else(|| "never".to_owned(), PassReport::age);
+        lines.push(vec![volume.name.clone(), volume.size(), head, volume.in_sync.join(","), away, pass]);
     }
     columns(&lines)
 }
@@ -257,6 +290,13 @@ fn description(volume: &VolumeReport) -> String {
     }
     for stale in &volume.stale {
         text.push_str(&format!("  stale: {}, since version {}\n", stale.node, stale.since_version));
+    }
+    if let Some(began_at) = volume.pass_began_at {
+        text.push_str(&format!("  a pass over its replicas began {}\n", verify::age(began_at)));
+    }
+    match &volume.last_pass {
+        Some(pass) => text.push_str(&pass.description()),
+        None => text.push_str("  last pass over its replicas: never\n"),
     }
     text
 }

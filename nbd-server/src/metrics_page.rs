@@ -53,7 +53,7 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 15] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 21] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
     (
         "connections_abandoned",
@@ -93,6 +93,22 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 15] = [
         "Reads of damaged blocks that no other replica in sync could answer",
         |shard| shard.report.repairs.reads_without_good_copy,
     ),
+    ("scrub_passes", "Passes over volumes led here that saw everything", |shard| shard.report.checks.passes),
+    ("scrub_compared_blocks", "Blocks read at every replica in sync and compared", |shard| {
+        shard.report.checks.compared_blocks
+    }),
+    ("scrub_repaired_blocks", "Damaged blocks of any replica that passes made good", |shard| {
+        shard.report.checks.repaired_blocks
+    }),
+    ("scrub_unreadable_blocks", "Damaged blocks that passes could not make good", |shard| {
+        shard.report.checks.unreadable_blocks
+    }),
+    ("scrub_differing_blocks", "Blocks that are sound at two replicas and differ", |shard| {
+        shard.report.checks.differing_blocks
+    }),
+    ("scrub_repeated_comparisons", "Comparisons that a change of the blocks has spoiled", |shard| {
+        shard.report.checks.disturbed
+    }),
     ("device_failures", "Device operations that the kernel failed", |shard| shard.counters.device_failures),
     ("device_transfers_in_parts", "Device operations done in parts", |shard| shard.counters.short_transfers),
 ];

@@ -23,6 +23,7 @@ use datapath::reactor::features::Features;
 use datapath::reactor::mailbox::{Mailbox, Message, PostError};
 use datapath::reactor::pool_file::PoolFile;
 use datapath::record::{NodeId, Record};
+use datapath::replica::check::{CheckReport, PassState};
 use datapath::store::lane::AckPolicy;
 
 use crate::control::link::{Command, ControlLink, LinkError, LinkSettings, News};
@@ -66,6 +67,8 @@ pub struct NodeSettings {
     pub map_cache: Option<Size>,
     /// Where Prometheus comes in.
     pub metrics: Option<String>,
+    /// Every block of the volumes that it leads is read and compared once in this time; zero: only on demand.
+    pub scrub_period: Duration,
 }
 
 /// Where the other nodes are.
@@ -89,6 +92,28 @@ impl Outside for Errands {
             in_sync = ?record.in_sync, "proposing a record");
         self.link.send(Command::Propose(*record));
     }
+
+    fn checked(&self, report: CheckReport) {
+        log_check(&report);
+        self.link.send(Command::Checked(report));
+    }
+}
+
+/// What a pass has found wrong is told loudly, whoever else hears of it.
+fn log_check(report: &CheckReport) {
+    if report.state == PassState::Running {
+        return;
+    }
+    let volume = report.volume.0;
+    let CheckReport { compared_blocks, repaired_blocks, unreadable_blocks, differing_blocks, .. } = *report;
+    if differing_blocks > 0 {
+        tracing::error!(volume, differing_blocks, findings = ?report.findings,
+            "THE REPLICAS IN SYNC DIFFER; nothing was changed, for nobody knows which of them is right");
+    }
+    if unreadable_blocks > 0 {
+        tracing::error!(volume, unreadable_blocks, findings = ?report.findings, "blocks are damaged for good");
+    }
+    tracing::info!(volume, state = ?report.state, compared_blocks, repaired_blocks, "pass over a volume");
 }
 
 /// Serves until it is told to stop. To be called before the process has started a thread.
@@ -142,7 +167,10 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     let news = link.news().clone();
     let Some(node) = wait_to_join(&news, &settings.ctl, &stops) else { return Ok(()) };
     let config = NodeConfig { node, boot, steals: false };
-    let shards = build_shards(vec![pool], &[file.length_bytes()], &[], &lanes, cpus.len(), Some(config))?;
+    let mut shards = build_shards(vec![pool], &[file.length_bytes()], &[], &lanes, cpus.len(), Some(config))?;
+    for shard in &mut shards {
+        shard.scrub_within(u64::try_from(settings.scrub_period.as_nanos()).unwrap_or(u64::MAX));
+    }
     let (calls, called) = unbounded();
     let outside: Arc<dyn Outside> = Arc::new(Errands { calls, link: Arc::clone(&link) });
     let metrics = settings.metrics.as_deref().map(std::net::TcpListener::bind).transpose();
@@ -224,6 +252,10 @@ fn start_courier(
                     tracing::info!(volume = %record.name, version = record.version, epoch = record.epoch,
                         head = ?record.head.map(|head| head.node), in_sync = ?record.in_sync, "record");
                     post(&mailbox, Message::Record(Box::new(record)));
+                }
+                News::Verify { volume, verify } => {
+                    tracing::info!(volume = volume.0, "somebody wants a volume verified");
+                    post(&mailbox, Message::Verify { volume, verify });
                 }
                 News::Gone(volume) => tracing::warn!(volume = volume.0, "there is no such volume any more"),
             }

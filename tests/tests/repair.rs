@@ -1,20 +1,16 @@
 //! Replicas that rot while their nodes are down.
 #![expect(clippy::disallowed_methods, reason = "system tests run in real time")]
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use datapath::store::bugs::Bugs;
-use datapath::store::layout::Place;
 use datapath::store::map::LEAF_BLOCKS;
-use datapath::store::recovery::{PoolReader, read_layout, recover_lane};
 use datapath::wire::nbd_transmission::command;
 use system_tests::harness::client::{Answer, Client};
 use system_tests::harness::cluster::Cluster;
 use system_tests::harness::ctl::PATIENCE;
+use system_tests::harness::rot::rot;
 use system_tests::harness::{Scratch, print_figure};
 
 const BLOCK: usize = 4096;
@@ -26,55 +22,6 @@ const ROTTEN: [u32; 6] = [5, 300, 301, 302, 1000, 2100];
 /// A leaf of the map that rots, with what it maps.
 const ROTTEN_LEAF: u32 = 3;
 const EIO: u32 = 5;
-
-struct PoolFile(File);
-
-impl PoolReader for PoolFile {
-    fn len_bytes(&self) -> u64 {
-        self.0.metadata().expect("a file").len()
-    }
-
-    fn read_at(&mut self, offset_bytes: u64, into: &mut [u8]) -> bool {
-        self.0.read_exact_at(into, offset_bytes).is_ok()
-    }
-}
-
-/// Where the rotten blocks of the volume are, and the leaf: found as recovery finds them.
-fn places_to_rot(pool: &mut PoolFile, volume: &str) -> Vec<Place> {
-    let layout = read_layout(pool).expect("a pool");
-    let mut places = Vec::new();
-    for lane in 0..layout.lanes {
-        let mut recovered = recover_lane(pool, layout, lane, 1 << 20, Bugs::none()).expect("a sound lane");
-        let Some(position) = recovered.volumes.iter().position(|found| found.name == volume) else {
-            continue;
-        };
-        let visit = |block, mapping: datapath::store::map::Mapping| {
-            if ROTTEN.contains(&block) {
-                places.push(mapping.place);
-            }
-        };
-        recovered.visit_blocks(pool, position, visit).expect("a sound map");
-        let table = recovered.map.table(u32::try_from(position).expect("few"));
-        places.push(table.leaf_on_device(ROTTEN_LEAF).place);
-    }
-    places
-}
-
-/// Flips a bit in each of the blocks and in the leaf.
-fn rot(pool: &Path, volume: &str) {
-    let file = File::options().read(true).write(true).open(pool).expect("the pool's file");
-    let mut pool = PoolFile(file);
-    let places = places_to_rot(&mut pool, volume);
-    assert_eq!(places.len(), ROTTEN.len() + 1, "all of them have places");
-    assert!(places.iter().all(|place| place.is_on_device()), "{places:?}");
-    for (place, bit) in places.into_iter().zip(0_u8..) {
-        let mut byte = [0];
-        let at = place.offset_bytes() + 64 * u64::from(bit);
-        pool.0.read_exact_at(&mut byte, at).expect("inside");
-        byte[0] ^= 1 << bit;
-        pool.0.write_all_at(&byte, at).expect("inside");
-    }
-}
 
 fn content(block: u32) -> Vec<u8> {
     (block | 0xab00_0000).to_le_bytes().repeat(BLOCK / 4)
@@ -144,7 +91,8 @@ fn a_head_whose_replica_has_rotted_reads_from_another_and_repairs_its_own() {
     (0..3).for_each(|node| cluster.start_node(node));
     (0..3).for_each(|node| cluster.kill_node(node));
     let pool = cluster.nodes[0].pool.clone();
-    rot(&pool, "v");
+    let flipped = rot(&pool, "v", &ROTTEN, &[ROTTEN_LEAF]);
+    assert_eq!(flipped, ROTTEN.len() + 1, "all of them have places");
     (0..3).for_each(|node| cluster.start_node(node));
 
     // A part of a damaged block is written: the rest of it comes from another replica.

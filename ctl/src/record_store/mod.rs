@@ -11,7 +11,7 @@ mod suite;
 use std::fmt;
 
 use datapath::record::{Record, VolumeNumber};
-use nbd_server::control::convert::{MessageError, NodeAddress};
+use nbd_server::control::convert::{MessageError, NodeAddress, PassHistory};
 use nbd_server::node_name::NodeName;
 use nbd_server::volume_name::VolumeName;
 use thiserror::Error;
@@ -176,6 +176,18 @@ pub trait RecordStore: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`StoreError::NoVolume`], or the store's.
     fn delete(&self, key: &VolumeKey) -> Result<Record, StoreError>;
+
+    /// What is kept of the passes over a volume.
+    ///
+    /// # Errors
+    /// [`StoreError::NoVolume`], or the store's.
+    fn passes(&self, volume: VolumeNumber) -> Result<PassHistory, StoreError>;
+
+    /// Keeps that from now on.
+    ///
+    /// # Errors
+    /// [`StoreError::NoVolume`], or the store's.
+    fn put_passes(&self, volume: VolumeNumber, history: &PassHistory) -> Result<(), StoreError>;
 
     /// Makes the node known under a number that no other name ever had, or notes where it is now.
     ///

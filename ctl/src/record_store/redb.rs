@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `volumes` | number | `berth.v1.Record` |
 //! | `volume_names` | name | number |
+//! | `passes` | number of a volume | `berth.v1.CheckState` |
 //! | `nodes` | number | `berth.v1.Node` |
 //! | `node_names` | name | number |
 //! | `numbers` | `format`, `node`, `volume` | format of the file; the last number that was given |
@@ -15,7 +16,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use datapath::record::{NodeId, Record, VolumeNumber};
 use nbd_server::control::convert::{
-    NodeAddress, node_from_message, node_to_message, record_from_message, record_to_message,
+    NodeAddress, PassHistory, history_from_message, history_to_message, node_from_message, node_to_message,
+    record_from_message, record_to_message,
 };
 use nbd_server::control::limits::{NODES_MAX, VOLUMES_MAX};
 use nbd_server::control::proto;
@@ -33,6 +35,7 @@ use super::{Change, DamageError, Joining, Listener, NewVolume, RecordStore, Stor
 
 const VOLUMES: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("volumes");
 const VOLUME_NAMES: TableDefinition<'_, &str, u32> = TableDefinition::new("volume_names");
+const PASSES: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("passes");
 const NODES: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("nodes");
 const NODE_NAMES: TableDefinition<'_, &str, u32> = TableDefinition::new("node_names");
 const NUMBERS: TableDefinition<'_, &str, u32> = TableDefinition::new("numbers");
@@ -126,6 +129,7 @@ impl RedbStore {
         if format == FORMAT {
             write.open_table(VOLUMES).map_err(backend)?;
             write.open_table(VOLUME_NAMES).map_err(backend)?;
+            write.open_table(PASSES).map_err(backend)?;
             write.open_table(NODES).map_err(backend)?;
             write.open_table(NODE_NAMES).map_err(backend)?;
             write.commit().map_err(backend)?;
@@ -244,10 +248,35 @@ impl RecordStore for RedbStore {
             let record = find(&names, &volumes, key)?;
             names.remove(record.name.as_str()).map_err(backend)?;
             volumes.remove(record.volume.0).map_err(backend)?;
+            write.open_table(PASSES).map_err(backend)?.remove(record.volume.0).map_err(backend)?;
             record
         };
         Self::commit(write, &listener, || Change::Gone(record.volume))?;
         Ok(record)
+    }
+
+    fn passes(&self, volume: VolumeNumber) -> Result<PassHistory, StoreError> {
+        let read = self.database.begin_read().map_err(backend)?;
+        find_number(&read.open_table(VOLUMES).map_err(backend)?, volume)?;
+        let passes = read.open_table(PASSES).map_err(backend)?;
+        let Some(bytes) = passes.get(volume.0).map_err(backend)? else { return Ok(PassHistory::default()) };
+        let damaged = |source| StoreError::Damaged {
+            what: format!("the passes over volume number {}", volume.0),
+            source,
+        };
+        let message = proto::CheckState::decode(bytes.value()).map_err(|error| damaged(error.into()))?;
+        history_from_message(message).map_err(|error| damaged(error.into()))
+    }
+
+    fn put_passes(&self, volume: VolumeNumber, history: &PassHistory) -> Result<(), StoreError> {
+        let write = self.begin()?;
+        {
+            find_number(&write.open_table(VOLUMES).map_err(backend)?, volume)?;
+            let bytes = history_to_message(history).encode_to_vec();
+            let mut passes = write.open_table(PASSES).map_err(backend)?;
+            passes.insert(volume.0, bytes.as_slice()).map_err(backend)?;
+        }
+        write.commit().map_err(backend)
     }
 
     fn join(&self, joining: &Joining) -> Result<NodeAddress, StoreError> {

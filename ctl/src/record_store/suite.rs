@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use datapath::record::{EpochEnd, HeadSession, NodeId, Record, StaleReplica, VolumeNumber};
-use nbd_server::control::convert::{MessageError, NodeAddress};
+use nbd_server::control::convert::{MessageError, NodeAddress, PassHistory};
 
 use super::rules::RuleError;
 use super::{Change, Joining, NewVolume, RecordStore, StoreError, VolumeKey};
@@ -20,6 +20,7 @@ macro_rules! suite {
             of_racing_swaps_one_wins_each_version,
             a_name_keeps_its_node_number,
             numbers_are_never_given_again,
+            what_passes_found_is_kept_with_the_volume,
             the_listener_hears_everything_in_order,
         ]);
     };
@@ -305,4 +306,15 @@ pub(super) fn the_listener_hears_everything_in_order(store: &dyn RecordStore) {
         .collect();
     let last = store.get(&number(&record)).expect("there").version;
     assert_eq!(versions, (2..=last).collect::<Vec<_>>());
+}
+
+pub(super) fn what_passes_found_is_kept_with_the_volume(store: &dyn RecordStore) {
+    let volume = with_volume(store).volume;
+    assert_eq!(store.passes(volume).expect("a volume"), PassHistory::default());
+    let history = PassHistory { began_at: Some(77), last: None };
+    store.put_passes(volume, &history).expect("kept");
+    assert_eq!(store.passes(volume).expect("a volume"), history);
+    store.delete(&VolumeKey::Number(volume)).expect("deleted");
+    let missing = |result: Result<(), StoreError>| matches!(result, Err(StoreError::NoVolume(_)));
+    assert!(missing(store.passes(volume).map(drop)) && missing(store.put_passes(volume, &history)));
 }

@@ -1,26 +1,31 @@
 //! `berth.v1.Control` over a record store.
 
 pub mod feed;
+mod passes;
 pub mod server;
 
 use std::sync::Arc;
 
-use datapath::record::{NodeId, VolumeNumber};
+use datapath::record::{NodeId, Record, VolumeNumber};
+use datapath::replica::check::{CheckReport, PassState};
 use nbd_server::control::convert::{
-    MessageError, address, node_to_message, optional_address, record_from_message, record_to_message,
-    size_from_number, volume_from_number,
+    MessageError, PassHistory, address, check_from_message, check_to_message, history_to_message,
+    node_to_message, optional_address, record_from_message, record_to_message, size_from_number,
+    volume_from_number,
 };
-use nbd_server::control::limits::{PAGE_RECORDS_MAX, REPLICAS_MAX};
+use nbd_server::control::limits::{PAGE_RECORDS_MAX, REPLICAS_MAX, VERIFY_SILENCE_MAX};
 use nbd_server::control::proto::{
     self, compare_and_swap_reply, control_server, get_volume_request, watch_event,
 };
-use nbd_server::random::random_bytes;
-use tokio::sync::mpsc;
+use nbd_server::random::{random_bytes, random_number};
+use nbd_server::volume_name::VolumeName;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::record_store::{Joining, NewVolume, RecordStore, StoreError, VolumeKey};
 use feed::{Cursor, Feed, FeedEnd, News};
+use passes::{Passes, Wish};
 
 /// Events that wait for a watcher that does not read.
 const WATCH_QUEUE: usize = 16;
@@ -33,6 +38,7 @@ pub struct ControlService {
     store: Arc<dyn RecordStore>,
     feed: Arc<Feed>,
     watchers: Arc<tokio::sync::Semaphore>,
+    passes: Arc<Passes>,
 }
 
 impl ControlService {
@@ -45,7 +51,7 @@ impl ControlService {
         let follower = Arc::clone(&feed);
         store.follow(Box::new(move |change| follower.apply(change)))?;
         let watchers = Arc::new(tokio::sync::Semaphore::new(WATCHERS_MAX));
-        Ok(ControlService { store, feed, watchers })
+        Ok(ControlService { store, feed, watchers, passes: Arc::default() })
     }
 
     /// Ends all watches.
@@ -93,7 +99,17 @@ fn invalid(error: impl Into<MessageError>) -> Status {
 }
 
 fn volume_reply(record: &datapath::record::Record) -> Response<proto::VolumeReply> {
-    Response::new(proto::VolumeReply { record: Some(record_to_message(record)) })
+    Response::new(proto::VolumeReply { record: Some(record_to_message(record)), check: None })
+}
+
+/// A record, and what is kept of the passes over its volume.
+fn with_passes(store: &dyn RecordStore, record: Record) -> Result<(Record, PassHistory), StoreError> {
+    match store.passes(record.volume) {
+        Ok(passes) => Ok((record, passes)),
+        // It was deleted just now.
+        Err(StoreError::NoVolume(_)) => Ok((record, PassHistory::default())),
+        Err(error) => Err(error),
+    }
 }
 
 #[tonic::async_trait]
@@ -125,9 +141,9 @@ impl control_server::Control for ControlService {
         let permit = Arc::clone(&self.watchers).try_acquire_owned();
         let permit = permit.map_err(|_| Status::resource_exhausted("there are too many watchers already"))?;
         let (sender, receiver) = mpsc::channel(WATCH_QUEUE);
-        let feed = Arc::clone(&self.feed);
+        let (feed, passes) = (Arc::clone(&self.feed), Arc::clone(&self.passes));
         tokio::spawn(async move {
-            tell(&feed, node, &sender).await;
+            tell(&feed, &passes, node, &sender).await;
             drop(permit);
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
@@ -187,7 +203,10 @@ impl control_server::Control for ControlService {
             Some(Which::Volume(number)) => VolumeKey::Number(volume_from_number(number).map_err(invalid)?),
             None => return Err(invalid(MessageError::Missing("name or volume"))),
         };
-        Ok(volume_reply(&self.call(move |store| store.get(&key)).await?))
+        let found = self.call(move |store| store.get(&key).and_then(|record| with_passes(store, record)));
+        let (record, passes) = found.await?;
+        let check = Some(history_to_message(&passes));
+        Ok(Response::new(proto::VolumeReply { record: Some(record_to_message(&record)), check }))
     }
 
     async fn list_volumes(
@@ -195,11 +214,20 @@ impl control_server::Control for ControlService {
         request: Request<proto::ListVolumesRequest>,
     ) -> Result<Response<proto::ListVolumesReply>, Status> {
         let after = VolumeNumber(request.into_inner().after);
-        let mut records = self.call(move |store| store.list(after, PAGE_RECORDS_MAX + 1)).await?;
-        let more = records.len() > PAGE_RECORDS_MAX;
-        records.truncate(PAGE_RECORDS_MAX);
-        let records = records.iter().map(record_to_message).collect();
-        Ok(Response::new(proto::ListVolumesReply { records, more }))
+        let page = self.call(move |store| {
+            let records = store.list(after, PAGE_RECORDS_MAX + 1)?;
+            records.into_iter().map(|record| with_passes(store, record)).collect::<Result<Vec<_>, _>>()
+        });
+        let mut page = page.await?;
+        let more = page.len() > PAGE_RECORDS_MAX;
+        page.truncate(PAGE_RECORDS_MAX);
+        // Whoever wants to know which blocks were found asks for the volume.
+        page.iter_mut()
+            .filter_map(|(_, passes)| passes.last.as_mut())
+            .for_each(|last| last.report.findings.clear());
+        let records = page.iter().map(|(record, _)| record_to_message(record)).collect();
+        let checks = page.iter().map(|(_, passes)| history_to_message(passes)).collect();
+        Ok(Response::new(proto::ListVolumesReply { records, more, checks }))
     }
 
     async fn delete_volume(
@@ -222,12 +250,90 @@ impl control_server::Control for ControlService {
         let nodes = self.call(|store| store.nodes()).await?;
         Ok(Response::new(proto::ListNodesReply { nodes: nodes.iter().map(node_to_message).collect() }))
     }
+
+    type VerifyVolumeStream = ReceiverStream<Result<proto::CheckReport, Status>>;
+
+    async fn verify_volume(
+        &self,
+        request: Request<proto::VerifyVolumeRequest>,
+    ) -> Result<Response<Self::VerifyVolumeStream>, Status> {
+        let name: VolumeName = request
+            .into_inner()
+            .name
+            .parse()
+            .map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?;
+        let key = VolumeKey::Name(name);
+        let record = self.call(move |store| store.get(&key)).await?;
+        let verify = random_number().map_err(|error| Status::internal(error.to_string()))?.max(1);
+        let Some(reports) = self.passes.verify(&record, verify) else {
+            let text = format!("no node with a replica in sync of {} is connected to berth ctl", record.name);
+            return Err(Status::failed_precondition(text));
+        };
+        let (sender, receiver) = mpsc::channel(WATCH_QUEUE);
+        let passes = Arc::clone(&self.passes);
+        tokio::spawn(async move {
+            tell_reports(reports, &sender).await;
+            passes.forget(verify);
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn report_check(
+        &self,
+        request: Request<proto::ReportCheckRequest>,
+    ) -> Result<Response<proto::ReportCheckReply>, Status> {
+        let report = request.into_inner().report.ok_or_else(|| invalid(MessageError::Missing("report")))?;
+        let report = check_from_message(report).map_err(invalid)?;
+        if report.differing_blocks > 0 && report.state != PassState::Running {
+            let (volume, blocks) = (report.volume.0, report.differing_blocks);
+            tracing::error!(volume, blocks, findings = ?report.findings, "THE REPLICAS OF A VOLUME DIFFER");
+        }
+        if self.passes.take(&report) {
+            self.call(move |store| passes::keep(store, report)).await?;
+        }
+        Ok(Response::new(proto::ReportCheckReply {}))
+    }
+}
+
+/// Tells whoever waits how a pass stands, until it has ended, nothing is heard of it, or nobody waits any more.
+async fn tell_reports(
+    mut reports: UnboundedReceiver<CheckReport>,
+    client: &mpsc::Sender<Result<proto::CheckReport, Status>>,
+) {
+    loop {
+        let next = tokio::select! {
+            next = tokio::time::timeout(VERIFY_SILENCE_MAX, reports.recv()) => next,
+            () = client.closed() => return,
+        };
+        let Ok(Some(report)) = next else {
+            let text = "nothing is heard from the head any more; look who leads, and start it again";
+            // Nobody is left to be told.
+            let _ = client.send(Err(Status::unavailable(text))).await;
+            return;
+        };
+        let gone = client.send(Ok(check_to_message(&report))).await.is_err();
+        if gone || report.state != PassState::Running {
+            return;
+        }
+    }
 }
 
 type Watcher = mpsc::Sender<Result<proto::WatchEvent, Status>>;
 
 /// Tells a watcher everything until it goes away or the feed ends.
-async fn tell(feed: &Feed, node: Option<NodeId>, watcher: &Watcher) {
+async fn tell(feed: &Feed, passes: &Passes, node: Option<NodeId>, watcher: &Watcher) {
+    let Some(node) = node else { return tell_feed(feed, None, None, watcher).await };
+    let (watch, mut wishes) = passes.watch(node);
+    tell_feed(feed, Some(node), Some(&mut wishes), watcher).await;
+    passes.unwatch(node, watch);
+}
+
+async fn tell_feed(
+    feed: &Feed,
+    node: Option<NodeId>,
+    mut wishes: Option<&mut UnboundedReceiver<Wish>>,
+    watcher: &Watcher,
+) {
     let (mut cursor, mut changed) = feed.watch(node);
     let mut synced = false;
     loop {
@@ -253,7 +359,24 @@ async fn tell(feed: &Feed, node: Option<NodeId>, watcher: &Watcher) {
         tokio::select! {
             () = watcher.closed() => return,
             alive = changed.changed() => if alive.is_err() { return },
+            wish = next_wish(&mut wishes) => {
+                let event = proto::Verify { volume: wish.volume.0, verify: wish.verify };
+                if !send(watcher, watch_event::Event::Verify(event)).await {
+                    return;
+                }
+            }
         }
+    }
+}
+
+/// What is wanted of the node next; whoever is no node, or watches again elsewhere, waits for ever.
+async fn next_wish(wishes: &mut Option<&mut UnboundedReceiver<Wish>>) -> Wish {
+    match wishes {
+        Some(receiver) => match receiver.recv().await {
+            Some(wish) => wish,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
     }
 }
 

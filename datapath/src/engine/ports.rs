@@ -26,7 +26,8 @@
 use super::shard::MovedConnection;
 use super::shard_message::{ShardIndex, ShardMessage};
 pub use crate::memory::Memory;
-use crate::record::{NodeId, Record};
+use crate::record::{NodeId, Record, VolumeNumber};
+use crate::replica::check::CheckReport;
 use crate::units::{MemoryRange, Moment};
 
 /// A shard's name for one of its device operations. Drivers carry it and do not look inside.
@@ -152,6 +153,13 @@ pub enum Event {
     },
     /// The record of a volume, as it was read from the record store just now, or the store's answer to a proposal.
     Record(Box<Record>),
+    /// Somebody wants all replicas in sync of a volume compared. [`Engine::poll_check_report`] tells what comes of it.
+    Verify {
+        /// Which volume.
+        volume: VolumeNumber,
+        /// The reports repeat it.
+        verify: u64,
+    },
     /// The moment of [`Engine::poll_timeout`] has come. Harmless at any other time.
     Timeout,
     /// Stop: refuse new connections, finish what is under way, write a checkpoint. The engine reports
@@ -264,6 +272,10 @@ pub trait Engine {
     /// The next record to be proposed to the record store, in place of the version before it. Whatever becomes of that, the
     /// record that is in the store afterwards comes back as [`Event::Record`], if the store can be reached.
     fn poll_proposal(&mut self) -> Option<Box<Record>> {
+        None
+    }
+    /// The next report of a pass over a volume's replicas: somebody's, or one whose time had come.
+    fn poll_check_report(&mut self) -> Option<CheckReport> {
         None
     }
     /// When to send [`Event::Timeout`] if nothing else happens.

@@ -1,5 +1,6 @@
 //! What a shard tells about itself, for metrics and tools.
 
+use crate::replica::check::CheckCounters;
 use crate::session::nbd::Rejections;
 use crate::store::lane::LaneCounters;
 use hdrhistogram::Histogram;
@@ -125,6 +126,8 @@ pub struct ShardReport {
     pub handshakes_timed_out: u64,
     /// For replicated volumes.
     pub repairs: RepairReport,
+    /// The same: what comparing replicas has found.
+    pub checks: CheckCounters,
     /// Connections closed because others waited for memory that they held and their clients did nothing about.
     pub connections_put_out: u64,
     /// Receive buffers that connections keep now although they cannot go on.

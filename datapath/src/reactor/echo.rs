@@ -389,7 +389,8 @@ impl Engine for EchoEngine {
             Event::PeerAccepted { .. }
             | Event::PeerConnected { .. }
             | Event::PeerUnreachable { .. }
-            | Event::Record(_) => panic!("an echo has no peers"),
+            | Event::Record(_)
+            | Event::Verify { .. } => panic!("an echo has no peers"),
             Event::Told { .. } | Event::Adopted { .. } => panic!("echoes do not talk to each other"),
         }
     }

@@ -20,7 +20,7 @@ use super::Snapshot;
 use crate::engine::ports::{ConnectionId, PeerAddress};
 use crate::engine::shard::MovedConnection;
 use crate::engine::shard_message::{ShardIndex, ShardMessage};
-use crate::record::{NodeId, Record};
+use crate::record::{NodeId, Record, VolumeNumber};
 
 /// Messages that may wait. Other reactors have at most a few for each lane and connection under way, and keep what finds
 /// no room.
@@ -63,6 +63,13 @@ pub enum Message<R> {
     },
     /// The record of a volume, as it is in the record store.
     Record(Box<Record>),
+    /// Compare all replicas in sync of a volume.
+    Verify {
+        /// Which volume.
+        volume: VolumeNumber,
+        /// What the reports repeat.
+        verify: u64,
+    },
     /// Answer as soon as the engine takes requests. No answer means that the reactor has ended.
     TellWhenOpen(SyncSender<()>),
     /// Say how things are. No answer (the channel closes) means that the reactor has ended.

@@ -53,6 +53,7 @@ use crate::engine::ports::{
 };
 use crate::limits::CONNECTIONS_MAX;
 use crate::record::{NodeId, Record};
+use crate::replica::check::CheckReport;
 use crate::units::{MemoryRange, Moment};
 
 /// Carried by submissions whose completions say nothing (cancellations, time limits).
@@ -69,6 +70,8 @@ pub trait Outside: fmt::Debug + Send + Sync {
     fn connect(&self, node: NodeId);
     /// Proposes a record to the record store; [`Message::Record`] tells what is there afterwards.
     fn propose(&self, record: Box<Record>);
+    /// Takes note of how a pass over a volume's replicas stands.
+    fn checked(&self, report: CheckReport);
 }
 
 /// What a reactor is started with.
@@ -347,6 +350,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
         while let Some(record) = self.engine.poll_proposal() {
             self.outside.as_ref().expect("only nodes propose").propose(record);
         }
+        while let Some(report) = self.engine.poll_check_report() {
+            self.outside.as_ref().expect("only nodes check").checked(report);
+        }
         let all_said = self.pending.is_empty() && !self.siblings.has_unposted();
         if self.phase == Phase::Draining && all_said && self.engine.is_drained() {
             self.phase = Phase::Ending;
@@ -533,6 +539,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Message::Moved(arrived) => self.adopt(*arrived),
             Message::Gone { connection } => self.connection_gone(connection),
             Message::Record(record) => self.pending.push_back(Event::Record(record)),
+            Message::Verify { volume, verify } => {
+                self.pending.push_back(Event::Verify { volume, verify });
+            }
             Message::TellWhenOpen(answer) => self.tell_when_open.push(answer),
             Message::Inspect(answer) => {
                 // Who asked may have given up.

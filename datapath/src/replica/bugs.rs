@@ -32,11 +32,15 @@ pub enum PlantedBug {
     ReadBeforeCommit,
     /// What another replica gave for a damaged block is written again over a change that came meanwhile.
     RepairOverNewer,
+    /// What the head gives a member for a damaged block is written there over a change that came meanwhile.
+    MendOverNewer,
+    /// Replicas are compared although the blocks were changed meanwhile.
+    CompareWhileChanging,
 }
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 13] = [
+    pub const ALL: [(PlantedBug, &'static str); 15] = [
         (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
         (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
         (PlantedBug::CopyWins, "copy-wins"),
@@ -50,6 +54,8 @@ impl PlantedBug {
         (PlantedBug::PromiseInMemory, "promise-in-memory"),
         (PlantedBug::ReadBeforeCommit, "read-before-commit"),
         (PlantedBug::RepairOverNewer, "repair-over-newer"),
+        (PlantedBug::MendOverNewer, "mend-over-newer"),
+        (PlantedBug::CompareWhileChanging, "compare-while-changing"),
     ];
 }
 

@@ -14,6 +14,7 @@
 //! | change | refused | appended, acknowledged or answered with the position | a violation: heads ask for the promise first |
 //! | fetch | refused | read from the log | a violation |
 //! | read | refused | read from the volume | a violation |
+//! | check: ask, mend | refused | read from the volume; appended as a copy | a violation |
 //! | lease | refused | granted | a violation |
 //! | compare | refused | answered with what its log changed after the stamp named there | a violation |
 //! | fill | refused | its order goes on after the stamp named there | a violation |
@@ -74,6 +75,8 @@ pub enum Step {
     Fetch(u64),
     /// Read the blocks of the volume and answer.
     Read,
+    /// Read the blocks of the volume and tell what they are, or append these as a copy, and answer.
+    Check,
     /// Nothing now.
     Nothing,
     /// No correct head sends this: close the connection.
@@ -187,7 +190,10 @@ impl Member {
             PeerMessage::Promise { epoch } => self.handle_promise(now, epoch),
             PeerMessage::Change { epoch, change, .. } => self.under(epoch, |member| member.take(change)),
             PeerMessage::Fetch { epoch, sequence } => self.under(epoch, |_| Step::Fetch(sequence)),
-            PeerMessage::Read { epoch, .. } => self.under(epoch, Member::read),
+            PeerMessage::Read { epoch, .. } => self.under(epoch, |member| member.if_whole(Step::Read)),
+            PeerMessage::Check(check) if !check.is_answer() => {
+                self.under(check.epoch(), |member| member.if_whole(Step::Check))
+            }
             PeerMessage::Lease { epoch, asked_ns, .. } => self.under(epoch, |member| {
                 member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
                 Step::Answer(PeerMessage::Leased { epoch, asked_ns })
@@ -206,8 +212,8 @@ impl Member {
     }
 
     /// Only a member in sync is asked, and that one is not being filled.
-    fn read(&mut self) -> Step {
-        if matches!(self.fill, Fill::None) { Step::Read } else { Step::Nothing }
+    fn if_whole(&self, step: Step) -> Step {
+        if matches!(self.fill, Fill::None) { step } else { Step::Nothing }
     }
 
     /// Whatever it holds is given up for what the head will send.

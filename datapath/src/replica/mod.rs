@@ -14,6 +14,7 @@
 //! [`Record`](crate::record::Record); PacificA (Lin et al., 2008) is where the idea is from.
 
 pub mod bugs;
+pub mod check;
 mod fill;
 pub mod head;
 pub mod member;

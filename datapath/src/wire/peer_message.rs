@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   header (64 bytes, network byte order)                 what follows it
-//!    0  magic "BRTP"            4                          body: CRC32C of each payload block, 4 bytes each;
-//!    4  version 1               1                                for HELLO its own fields
+//!    0  magic "BRTP"            4                          body: CRC32C of each payload block, 4 bytes each (DIGEST:
+//!    4  version 1               1                                of each block), for HELLO its own fields
 //!    5  kind                    1                          payload: the blocks, 4096 bytes each
 //!    6  change kind             1  (CHANGE, FETCHED, COPY)
 //!    7  unused                  1
@@ -24,12 +24,16 @@
 //! The checksums of the blocks are made once, where a payload enters the cluster, and serve as the message's own: a
 //! receiver checks the payload against the body, and the body with the header.
 
+mod check;
+
 use super::WireError;
 use super::fields::Fields;
 use crate::checksum::{crc32c, crc32c_of_parts};
 use crate::limits::PIECE_BLOCKS_MAX;
 use crate::record::{ChangeKind, NodeId, Stamp, VolumeNumber};
 use crate::units::BLOCK_BYTES;
+
+pub use check::{CHECKED_BLOCKS_MAX, CheckMessage, FEATURE_CHECKS};
 
 const MAGIC: &[u8; 4] = b"BRTP";
 const VERSION: u8 = 1;
@@ -285,6 +289,8 @@ pub enum PeerMessage {
         /// Which question.
         read: u64,
     },
+    /// Replicas are compared, and damage is made good.
+    Check(CheckMessage),
     /// The head asks for leave to answer reads without asking again.
     Lease {
         /// Whose.
@@ -356,11 +362,11 @@ impl PeerFrame {
     /// Appends header and body; the payload follows it on the wire. `checksums` are those of the payload's blocks.
     ///
     /// # Panics
-    /// If there are not as many checksums as payload blocks.
+    /// If there are not as many checksums as the message has blocks.
     pub fn encode(&self, checksums: &[u32], out: &mut Vec<u8>) {
         let words = self.words();
         let payload_blocks = self.payload_blocks();
-        assert_eq!(checksums.len(), payload_blocks as usize, "one checksum per block");
+        assert_eq!(checksums.len(), self.checksum_count() as usize, "one checksum per block");
         let start = out.len();
         let body_bytes = self.body_bytes();
         out.extend(MAGIC);
@@ -398,14 +404,23 @@ impl PeerFrame {
             }
             PeerMessage::Copy { copy, .. } => copy.payload_blocks(),
             PeerMessage::Blocks { count, .. } => count,
+            PeerMessage::Check(message) => message.payload_blocks(),
             _ => 0,
+        }
+    }
+
+    /// Checksums in its body: of what comes with it, or of what it tells of.
+    fn checksum_count(&self) -> u32 {
+        match self.message {
+            PeerMessage::Check(message) => message.checksum_count(),
+            _ => self.payload_blocks(),
         }
     }
 
     fn body_bytes(&self) -> u32 {
         match self.message {
             PeerMessage::Hello(_) => HELLO_BYTES,
-            _ => 4 * self.payload_blocks(),
+            _ => 4 * self.checksum_count(),
         }
     }
 
@@ -477,6 +492,7 @@ impl PeerFrame {
                 of_read(kind::BLOCKS, epoch, read, (block, count))
             }
             PeerMessage::Unreadable { epoch, read } => of_read(kind::UNREADABLE, epoch, read, (0, 0)),
+            PeerMessage::Check(message) => message.words(),
         }
     }
 
@@ -584,7 +600,7 @@ impl Words {
                 PeerMessage::Blocks { epoch, read: number, block, count }
             }
             kind::UNREADABLE => PeerMessage::Unreadable { epoch, read: number },
-            _ => return Err(WireError::Kind),
+            _ => PeerMessage::Check(CheckMessage::from_words(self)?),
         })
     }
 

@@ -1,6 +1,8 @@
 //! Between the messages and the values that the project works with. What comes from outside is checked here, field by
 //! field, and refused with the name of the field.
 
+mod check;
+
 use datapath::limits::VOLUME_BYTES_MAX;
 use datapath::record::{EpochEnd, HeadSession, NodeId, Record, StaleReplica, VolumeNumber};
 use datapath::units::BLOCK_BYTES_U64;
@@ -11,6 +13,10 @@ use super::proto;
 use crate::listener::ListenAddress;
 use crate::node_name::{NodeName, NodeNameError};
 use crate::volume_name::{VolumeName, VolumeNameError};
+
+pub use check::{
+    LastPass, PassHistory, check_from_message, check_to_message, history_from_message, history_to_message,
+};
 
 /// A node of the register, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]

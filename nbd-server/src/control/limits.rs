@@ -19,6 +19,8 @@ pub const VOLUMES_MAX: usize = 100_000;
 /// Records in one page of a list.
 pub const PAGE_RECORDS_MAX: usize = 64;
 
+/// Whoever waits for a volume to be verified gives up when nothing is heard of it for so long.
+pub const VERIFY_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// A call that has no answer by then has none.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for the connection.
@@ -31,8 +33,11 @@ pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Most bytes of a record on the wire: its lists, of numbers with 10 bytes at most, and a kilobyte for the rest.
 const RECORD_BYTES_MAX: usize = REPLICAS_MAX * 24 + EPOCH_ENDS_MAX * 20 + 1024;
 
+/// The same for what is told of the passes over its volume, without the blocks that they found.
+const PASSES_BYTES_MAX: usize = REPLICAS_MAX * 10 + 1024;
+
 const _: () = {
     assert!(RECORD_BYTES_MAX <= REQUEST_BYTES_MAX);
-    assert!(PAGE_RECORDS_MAX * RECORD_BYTES_MAX <= REPLY_BYTES_MAX);
+    assert!(PAGE_RECORDS_MAX * (RECORD_BYTES_MAX + PASSES_BYTES_MAX) <= REPLY_BYTES_MAX);
     assert!(NODES_MAX * (2 * ADDRESS_BYTES_MAX + 128) <= REPLY_BYTES_MAX);
 };

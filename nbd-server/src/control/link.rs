@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use datapath::record::{NodeId, Record, VolumeNumber};
+use datapath::replica::check::CheckReport;
 use thiserror::Error;
 use tokio::sync::Notify;
 use tonic::transport::Endpoint;
@@ -49,7 +50,6 @@ impl fmt::Debug for LinkSettings {
 
 /// What the link is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::large_enum_variant, reason = "few are made, and none is kept")]
 pub enum Command {
     /// Put this record in the place of the version before it. The outcome is what is read: [`News::Record`] is told after
     /// each proposal, or [`News::Gone`]. A proposal that was not sent yet gives way to a later one for its volume.
@@ -60,6 +60,9 @@ pub enum Command {
     /// Tell the volume's present record, or that there is none: for a volume that the node has nothing to do with as far
     /// as ctl knows, such as one whose deletion it missed.
     Read(VolumeNumber),
+    /// Tell ctl how a pass over a volume stands. A report that was not sent yet gives way to a later one of its pass; one
+    /// that ends a pass is sent until it has arrived.
+    Checked(CheckReport),
 }
 
 /// What is new.
@@ -74,6 +77,13 @@ pub enum News {
     Record(Record),
     /// There is no such volume any more. Its number never comes back.
     Gone(VolumeNumber),
+    /// Somebody wants a volume verified.
+    Verify {
+        /// Which volume.
+        volume: VolumeNumber,
+        /// The reports repeat it.
+        verify: u64,
+    },
 }
 
 /// Why there is no link.

@@ -3,12 +3,13 @@
 //! One rule keeps proposals honest: a call whose outcome is not known is never made again. Its volume is *owed*: its record
 //! is read and told, as soon as there is a connection.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::sync::Arc;
 
 use crossbeam::channel::{Receiver, Sender};
 use datapath::record::{NodeId, Record, VolumeNumber};
+use datapath::replica::check::{CheckReport, PassState};
 use thiserror::Error;
 use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
@@ -16,18 +17,20 @@ use tonic::{Code, Response, Status};
 
 use super::backoff::Backoff;
 use super::convert::{
-    MessageError, NodeAddress, node_from_message, node_from_number, record_from_message, record_to_message,
-    volume_from_number,
+    MessageError, NodeAddress, check_to_message, node_from_message, node_from_number, record_from_message,
+    record_to_message, volume_from_number,
 };
 use super::limits::{CALL_TIMEOUT, REPLY_BYTES_MAX};
 use super::link::{Command, LinkSettings, News, Signal, Waker};
 use super::proto::{
-    CompareAndSwapRequest, GetVolumeRequest, JoinRequest, WatchEvent, WatchRequest, compare_and_swap_reply,
-    control_client::ControlClient, get_volume_request, watch_event,
+    CompareAndSwapRequest, GetVolumeRequest, JoinRequest, ReportCheckRequest, WatchEvent, WatchRequest,
+    compare_and_swap_reply, control_client::ControlClient, get_volume_request, watch_event,
 };
 
 /// Calls at a time.
 const CALLS_MAX: usize = 32;
+/// Reports of a volume that wait for a connection; without one for long, the oldest go.
+const REPORTS_MAX: usize = 8;
 
 /// Why a connection ended.
 #[derive(Debug, Error)]
@@ -57,6 +60,10 @@ enum Outcome {
     Unknown(Status),
     /// A read failed.
     Failed(Ended),
+    /// ctl has taken note of a pass, or will not.
+    Noted,
+    /// Whether it has is not known.
+    NotNoted(Ended),
 }
 
 /// The state that outlives connections.
@@ -68,6 +75,10 @@ pub(super) struct Session {
     teller: Teller,
     /// Not sent yet, one for each volume.
     proposals: BTreeMap<VolumeNumber, Record>,
+    /// Not sent yet: of each volume the newest report, and those before it that ended a pass.
+    reports: BTreeMap<VolumeNumber, VecDeque<CheckReport>>,
+    /// Those of them that end a pass and are being sent.
+    telling: BTreeMap<VolumeNumber, CheckReport>,
     /// To be read and told.
     owed: BTreeSet<VolumeNumber>,
     /// With a call under way: one at a time for each volume.
@@ -95,6 +106,8 @@ impl Session {
             signal,
             teller: Teller { news, wake, told: BTreeMap::new(), nodes: None, node: None },
             proposals: BTreeMap::new(),
+            reports: BTreeMap::new(),
+            telling: BTreeMap::new(),
             owed: BTreeSet::new(),
             busy: BTreeSet::new(),
             backoff,
@@ -108,6 +121,9 @@ impl Session {
             let Err(ended) = self.connection(&mut complained).await else { return };
             // The calls have ended with the connection; what they did has to be read.
             self.owed.append(&mut self.busy);
+            for (volume, report) in std::mem::take(&mut self.telling) {
+                self.reports.entry(volume).or_default().push_front(report);
+            }
             let wait = self.backoff.next_wait();
             let ctl = &self.settings.ctl;
             if complained {
@@ -197,6 +213,16 @@ impl Session {
                 Command::Read(volume) => {
                     self.owed.insert(volume);
                 }
+                Command::Checked(report) => {
+                    let waiting = self.reports.entry(report.volume).or_default();
+                    if waiting.back().is_some_and(|last| last.state == PassState::Running) {
+                        waiting.pop_back();
+                    }
+                    if waiting.len() == REPORTS_MAX {
+                        waiting.pop_front();
+                    }
+                    waiting.push_back(report);
+                }
             }
         }
     }
@@ -217,6 +243,20 @@ impl Session {
             self.busy.insert(volume);
             calls.spawn(swap(client.clone(), record));
         }
+        while calls.len() < CALLS_MAX
+            && let Some(volume) = self.reports.keys().find(|volume| !self.busy.contains(volume)).copied()
+        {
+            let waiting = self.reports.get_mut(&volume).expect("just found");
+            let report = waiting.pop_front().expect("none is empty");
+            if waiting.is_empty() {
+                self.reports.remove(&volume);
+            }
+            if report.state != PassState::Running {
+                self.telling.insert(volume, report.clone());
+            }
+            self.busy.insert(volume);
+            calls.spawn(tell_check(client.clone(), report));
+        }
     }
 
     fn handle_outcome(&mut self, volume: VolumeNumber, outcome: Outcome) -> Result<(), Ended> {
@@ -235,6 +275,8 @@ impl Session {
                 self.owed.insert(volume);
                 return Err(ended);
             }
+            Outcome::Noted => drop(self.telling.remove(&volume)),
+            Outcome::NotNoted(ended) => return Err(ended),
         }
         Ok(())
     }
@@ -253,6 +295,10 @@ impl Session {
                 self.teller.tell_record(record, false);
             }
             watch_event::Event::Gone(volume) => self.teller.tell_gone(volume_from_number(volume)?, false),
+            watch_event::Event::Verify(wish) => {
+                let volume = volume_from_number(wish.volume)?;
+                self.teller.tell(News::Verify { volume, verify: wish.verify });
+            }
             watch_event::Event::Nodes(list) => {
                 let nodes: Result<Vec<_>, _> = list.nodes.into_iter().map(node_from_message).collect();
                 self.teller.tell_nodes(nodes?);
@@ -316,6 +362,23 @@ async fn swap(mut client: Client, record: Record) -> (VolumeNumber, Outcome) {
         },
         Err(status) if status.code() == Code::NotFound => Outcome::Gone,
         Err(status) => Outcome::Unknown(status),
+    };
+    (volume, outcome)
+}
+
+async fn tell_check(mut client: Client, report: CheckReport) -> (VolumeNumber, Outcome) {
+    let volume = report.volume;
+    let request = ReportCheckRequest { report: Some(check_to_message(&report)) };
+    let outcome = match in_time(client.report_check(request)).await {
+        Ok(_) => Outcome::Noted,
+        // A ctl that does not know passes, or not this volume any more, need not hear of it again.
+        Err(status)
+            if matches!(status.code(), Code::NotFound | Code::Unimplemented | Code::InvalidArgument) =>
+        {
+            tracing::debug!(volume = volume.0, error = status.message(), "ctl takes no note of a pass");
+            Outcome::Noted
+        }
+        Err(status) => Outcome::NotNoted(status.into()),
     };
     (volume, outcome)
 }

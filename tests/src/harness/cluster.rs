@@ -45,6 +45,8 @@ pub struct Cluster {
     pub ctl: Ctl,
     /// The nodes n1, n2 and so on.
     pub nodes: Vec<ClusterNode>,
+    /// What nodes are told besides, when they are started.
+    pub node_arguments: Vec<String>,
     pool_mib: u64,
     /// Last, so that it goes when nobody uses it any more.
     network: Option<Network>,
@@ -94,7 +96,7 @@ impl Cluster {
             }
         };
         let nodes_made = (1..=nodes).map(node).collect();
-        let mut cluster = Cluster { ctl, nodes: nodes_made, pool_mib, network };
+        let mut cluster = Cluster { ctl, nodes: nodes_made, node_arguments: Vec::new(), pool_mib, network };
         (0..nodes).for_each(|index| cluster.start_node(index));
         cluster
     }
@@ -119,7 +121,8 @@ impl Cluster {
             .arg(format!("--pool={}", node.pool.display()))
             .arg(format!("--pool-size={}M", self.pool_mib))
             .arg(format!("--ctl={}", self.ctl.url()))
-            .arg(format!("--nbd=unix:{}", node.socket.display()));
+            .arg(format!("--nbd=unix:{}", node.socket.display()))
+            .args(&self.node_arguments);
         let log = File::options().create(true).append(true).open(&node.log).expect("a log");
         let mut child = command
             .stdin(Stdio::null())

@@ -8,6 +8,7 @@ pub mod metrics;
 pub mod mounted;
 pub mod network;
 pub mod postgres;
+pub mod rot;
 pub mod server;
 pub mod tools;
 

@@ -194,7 +194,8 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         "{} requests, {} errors, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
          {} failovers, {} epochs, {} removals, {} admissions, {} record changes, {} commits, {} messages\n\
          {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas\n\
-         {} disk errors, {} flipped bits, {} refused starts, {} empty disks; {} writes without space",
+         {} disk errors, {} flipped bits, {} refused starts, {} empty disks; {} writes without space\n\
+         {} passes over volumes, {} blocks compared, {} made good",
         report.clients.answers,
         report.clients.errors,
         report.clients.written_bytes >> 20,
@@ -219,5 +220,8 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.refusals,
         report.new_disks,
         report.no_space,
+        report.passes,
+        report.compared_blocks,
+        report.repaired_blocks,
     )
 }

@@ -30,6 +30,7 @@ use super::shard_message::{PoolIndex, ShardMessage};
 use crate::limits::CONNECTIONS_MAX;
 use crate::memory::{Memory, Pages};
 use crate::record::Record;
+use crate::replica::check::CheckReport;
 use crate::session::nbd::Rejections;
 use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane};
 use crate::store::slab::Slab;
@@ -468,6 +469,7 @@ impl<M: Memory> Engine for Shard<M> {
             Event::PeerConnected { node, connection } => self.link_connected(node, connection),
             Event::PeerUnreachable { node } => self.link_unreachable(node),
             Event::Record(record) => self.handle_record(*record),
+            Event::Verify { volume, verify } => self.begin_verify(volume, verify),
             Event::Timeout => {}
             Event::Drain => self.drain(),
         }
@@ -495,6 +497,10 @@ impl<M: Memory> Engine for Shard<M> {
 
     fn poll_proposal(&mut self) -> Option<Box<Record>> {
         self.replication.poll_proposal()
+    }
+
+    fn poll_check_report(&mut self) -> Option<CheckReport> {
+        self.replication.poll_check_report()
     }
 
     fn poll_timeout(&self) -> Option<Moment> {
@@ -561,6 +567,7 @@ impl<M: Memory> Engine for Shard<M> {
             connections_abandoned: self.connections_abandoned,
             handshakes_timed_out: self.handshakes_timed_out,
             repairs: self.replication.repairs,
+            checks: self.replication.check_counters(),
             connections_put_out: self.hunger.put_out,
             receive_buffers_kept: self.buffers_kept,
             parked_bytes: self.parked_bytes,

@@ -297,6 +297,9 @@ impl<M: Memory> Shard<M> {
     }
 
     fn lock_granted(&mut self, piece: u32) {
+        if Shard::<M>::is_replication_cookie(piece) {
+            return self.check_lock_granted(piece);
+        }
         match self.pieces.get(piece).kind {
             PieceKind::Write(_) => self.start_write(piece),
             PieceKind::Release(claim) => self.start_release(piece, claim),

@@ -447,7 +447,7 @@ impl World {
             }
             Step::EndFill { fill } => process.writing.push_back(Write::EndFill(fill)),
             Step::Nothing => {}
-            Step::Read => unreachable!("nothing is damaged in these worlds"),
+            Step::Read | Step::Check => unreachable!("nothing is damaged in these worlds"),
             Step::Violation => panic!("node {from} sent {message:?}"),
         }
         self.answer_due(node, from);

@@ -12,6 +12,15 @@ const CHANGE: ChangeHeader = ChangeHeader {
 
 const COPY: CopyHeader = CopyHeader { data: true, block: 1022, count: 2 };
 
+const DIGEST: CheckMessage = CheckMessage::Digest {
+    epoch: 4,
+    check: 0x5_0000_0006,
+    block: 1022,
+    count: 2,
+    damaged: 0b10,
+    next_leaf: Some(7),
+};
+
 fn frame(message: PeerMessage) -> PeerFrame {
     PeerFrame { volume: VolumeNumber(9), message }
 }
@@ -40,6 +49,9 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::Complete { epoch: 4, fill: 6 },
         PeerMessage::Read { epoch: 4, read: 6, block: 1022, count: 256 },
         PeerMessage::Unreadable { epoch: 4, read: 6 },
+        CheckMessage::Ask { epoch: 4, check: 6, block: 448, count: 64 }.into(),
+        CheckMessage::Unknown { epoch: 4, check: 6, next_leaf: None }.into(),
+        CheckMessage::Mended { epoch: 4, check: 6, block: 500, count: 1 }.into(),
     ];
     let hello = Hello { node: NodeId(3), boot: 0x1122, features: 1 };
     let mut all: Vec<_> = plain.map(|message| (frame(message), Vec::new())).into();
@@ -48,6 +60,9 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
     all.push((frame(PeerMessage::Copy { epoch: 4, fill: 6, copy: COPY }), vec![1, 2]));
     all.push((frame(PeerMessage::Fetched { epoch: 4, change: CHANGE }), vec![1, 2]));
     all.push((frame(PeerMessage::Blocks { epoch: 4, read: 6, block: 1022, count: 2 }), vec![1, 2]));
+    let mend = CheckMessage::Mend { epoch: 4, check: 6, block: 1022, count: 2 };
+    all.push((frame(mend.into()), vec![1, 2]));
+    all.push((frame(DIGEST.into()), vec![1, 2]));
     all
 }
 
@@ -113,6 +128,38 @@ fn messages_of_a_read_keep_their_bytes() {
         words(1022, 2),
     );
     golden(PeerMessage::Unreadable { epoch: 4, read }, &[], 21, 0, [0, 0], words(0, 0));
+}
+
+#[test]
+fn messages_of_a_check_keep_their_bytes() {
+    let check = 0x5_0000_0006;
+    let words = |block, count| [block, count, 0, 0, 0, 0, 0, 5, 6];
+    let ask = CheckMessage::Ask { epoch: 4, check, block: 448, count: 64 };
+    golden(ask.into(), &[], 40, 0, [0, 0], words(448, 64));
+    golden(DIGEST.into(), &[0xaabb, 0xccdd], 41, 0, [8, 0], [1022, 2, 7, 0, 2, 0, 0, 5, 6]);
+    let unknown = CheckMessage::Unknown { epoch: 4, check, next_leaf: None };
+    golden(unknown.into(), &[], 42, 0, [0, 0], [0, 0, u32::MAX, 0, 0, 0, 0, 5, 6]);
+    let mend = CheckMessage::Mend { epoch: 4, check, block: 1022, count: 2 };
+    golden(mend.into(), &[0xaabb, 0xccdd], 43, 0, [8, 8192], words(1022, 2));
+    let mended = CheckMessage::Mended { epoch: 4, check, block: 1022, count: 2 };
+    golden(mended.into(), &[], 44, 0, [0, 0], words(1022, 2));
+}
+
+#[test]
+fn fields_of_a_check_that_cannot_be_are_refused() {
+    let ask = frame(CheckMessage::Ask { epoch: 4, check: 6, block: 448, count: 64 }.into());
+    // No blocks, too many, two leaves, and damage of what was not asked for.
+    for edits in [&[(32, 0)][..], &[(32, 65)], &[(28, 449)], &[(28, u32::MAX)]] {
+        assert_eq!(PeerFrame::decode(&forged(ask, &[], edits)), Err(WireError::Range), "{edits:?}");
+    }
+    let digest = frame(DIGEST.into());
+    for edits in [&[(44, 0b100)][..], &[(40, 1)], &[(32, 1)], &[(32, 3)], &[(16, BLOCK_BYTES)]] {
+        assert_eq!(PeerFrame::decode(&forged(digest, &[1, 2], edits)), Err(WireError::Range), "{edits:?}");
+    }
+    let mend = frame(CheckMessage::Mend { epoch: 4, check: 6, block: 100, count: 2 }.into());
+    for edits in [&[(32, 3)][..], &[(16, 0)], &[(28, 511)]] {
+        assert_eq!(PeerFrame::decode(&forged(mend, &[1, 2], edits)), Err(WireError::Range), "{edits:?}");
+    }
 }
 
 #[test]

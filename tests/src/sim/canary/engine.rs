@@ -442,7 +442,8 @@ impl Engine for Canary {
             Event::PeerAccepted { .. }
             | Event::PeerConnected { .. }
             | Event::PeerUnreachable { .. }
-            | Event::Record(_) => unreachable!("the canary has no peers"),
+            | Event::Record(_)
+            | Event::Verify { .. } => unreachable!("the canary has no peers"),
             Event::Told { .. } | Event::Adopted { .. } => unreachable!("the canary has one thread"),
         }
     }

@@ -424,6 +424,9 @@ impl World {
             assert!(waited_ns < EQUAL_NS_MAX, "{difference}\n{}", self.describe());
             return;
         }
+        if self.options.rot && !self.is_all_verified() {
+            return;
+        }
         if self.stage == Stage::Calm && self.swarm.dark_end {
             for node in 0..self.nodes.len() {
                 self.stop(node, true);

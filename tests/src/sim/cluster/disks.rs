@@ -13,8 +13,9 @@
 //! moment, and what a second ill node forgets would be gone. For the same reason two kinds of trouble may meet on the
 //! ill node and not on two.
 //!
-//! A client sees EIO only from a node whose disk has given cause, and never wrong data. Nobody repairs a bad block of the
-//! head's replica from another one yet.
+//! A client sees EIO only from a node whose disk has given cause, and never wrong data. Bad blocks are made good from
+//! another replica where a client reads them at the head, or a pass over the volume finds them. In seeds with `rot` nothing
+//! else makes them good: at the end every replica in sync must be sound.
 
 use super::{Happening, MILLISECOND_NS, Stage, World, id};
 use crate::sim::random::Random;
@@ -38,6 +39,19 @@ pub(super) struct Illness {
 }
 
 impl Illness {
+    /// Nothing but flipped bits.
+    pub(super) fn rot_only(random: &mut Random) -> Illness {
+        Illness {
+            node: random.bits(),
+            write_errors: false,
+            sync_errors: false,
+            read_errors: false,
+            read_errors_everywhere: false,
+            rot: true,
+            new_disks: false,
+        }
+    }
+
     pub(super) fn draw(random: &mut Random) -> Illness {
         let illness = Illness {
             node: random.bits(),
@@ -106,7 +120,10 @@ impl World {
     pub(super) fn rot(&mut self) {
         let Some((node, _)) = self.ill_node() else { return };
         let count = crate::to_usize(self.random.skewed(1..=20));
-        self.report.flipped_bits += self.nodes[node].rot(count) as u64;
+        let flipped =
+            if self.options.rot { self.nodes[node].rot_data(count) } else { self.nodes[node].rot(count) };
+        self.report.flipped_bits += flipped as u64;
+        self.verifies.note_rot(node, self.now_ns);
     }
 
     /// The ill node comes back with an empty disk.
@@ -158,7 +175,7 @@ impl World {
     /// No disk fails any more. What has failed is repaired or replaced, and started anew.
     pub(super) fn cure(&mut self, node: usize) {
         self.nodes[node].disk_mut().end_faults();
-        if self.nodes[node].may_fail() {
+        if self.nodes[node].may_fail() && !self.options.rot {
             if self.nodes[node].life.is_some() {
                 self.stop(node, false);
             }

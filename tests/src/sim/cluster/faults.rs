@@ -106,15 +106,18 @@ impl Swarm {
         ];
         let mut likely = Vec::new();
         for (kind, often) in kinds {
+            let gentle = matches!(kind, Kind::Kill | Kind::CutLink | Kind::Move | Kind::SlowDisk);
             let wanted = random.percent(55) && !options.splits || options.splits && kind == Kind::Split;
+            let wanted = wanted && (gentle || !options.rot);
             if wanted && !options.peace {
                 likely.extend(std::iter::repeat_n(kind, often));
             }
         }
         // A stream of its own: seeds without it are what they would be if it did not exist.
         let mut disks = random.fork("disks", 0);
-        let ill = options.disks || !options.peace && !options.splits && disks.percent(ILL);
-        let illness = ill.then(|| Illness::draw(&mut disks));
+        let ill = options.disks || options.rot || !options.peace && !options.splits && disks.percent(ILL);
+        let draw = if options.rot { Illness::rot_only } else { Illness::draw };
+        let illness = ill.then(|| draw(&mut disks));
         if illness.is_some_and(|illness| illness.rot) {
             likely.extend([Kind::Rot; 3]);
         }

@@ -20,6 +20,7 @@ mod links;
 mod node;
 mod records;
 mod traffic;
+mod verify;
 
 use std::collections::BTreeMap;
 
@@ -35,6 +36,7 @@ use self::faults::{Fault, Swarm};
 use self::links::{Blocks, Link};
 use self::node::{Node, NodePlan};
 use self::records::Records;
+use self::verify::Verifies;
 use super::client::ClientCounts;
 use super::clock::Agenda;
 use super::driver::Notice;
@@ -67,6 +69,8 @@ pub struct ClusterOptions {
     pub full: bool,
     /// All that goes wrong is that heads are cut off, from few blocks that everybody uses.
     pub splits: bool,
+    /// Blocks of one node rot, and nobody makes them good but the nodes themselves.
+    pub rot: bool,
 }
 
 const PLAIN: ClusterOptions = ClusterOptions {
@@ -75,14 +79,17 @@ const PLAIN: ClusterOptions = ClusterOptions {
     disks: false,
     full: false,
     splits: false,
+    rot: false,
     bugs: Bugs::none(),
 };
 
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 5] = [
+const SCENARIOS: [(&str, ClusterOptions); 6] = [
     ("peace", ClusterOptions { peace: true, ..PLAIN }),
     // Writes, syncs and reads that fail, flipped bits, and disks that are empty all at once.
     ("disks", ClusterOptions { disks: true, ..PLAIN }),
+    // Every block that rots is found and made good, while clients work.
+    ("rot", ClusterOptions { rot: true, ..PLAIN }),
     // Pools that are smaller than what clients write.
     ("full", ClusterOptions { full: true, ..PLAIN }),
     // A head that is cut off goes on to read for as long as it may, and not longer.
@@ -144,6 +151,12 @@ pub struct ClusterReport {
     pub new_disks: u64,
     /// Comparisons of replicas, block for block.
     pub comparisons: u64,
+    /// Passes over volumes that nodes made to their end.
+    pub passes: u64,
+    /// Blocks that these compared.
+    pub compared_blocks: u64,
+    /// Damaged blocks that these made good.
+    pub repaired_blocks: u64,
     /// Turns of the engines.
     pub turns: u64,
     /// Virtual time.
@@ -178,6 +191,9 @@ impl ClusterReport {
         self.refusals += other.refusals;
         self.new_disks += other.new_disks;
         self.comparisons += other.comparisons;
+        self.passes += other.passes;
+        self.compared_blocks += other.compared_blocks;
+        self.repaired_blocks += other.repaired_blocks;
         self.turns += other.turns;
         self.virtual_ns += other.virtual_ns;
         self.digest ^= other.digest;
@@ -200,6 +216,7 @@ enum Happening {
     HoldUp { volume: usize, node: usize, late_ns: u64 },
     Split { volume: usize, node: usize },
     Start { node: usize, boots: u64 },
+    Verify,
     Watch,
 }
 
@@ -252,6 +269,7 @@ struct World {
     answers: u64,
     happenings: u64,
     checks: Checks,
+    verifies: Verifies,
     random: Random,
     report: ClusterReport,
 }
@@ -320,6 +338,7 @@ impl World {
             agenda: Agenda::new(Moment(SECOND_NS)),
             blocks: Blocks::new(nodes.len()),
             checks: Checks::new(nodes.len(), volumes.len()),
+            verifies: Verifies::new(nodes.len(), volumes.len(), random.fork("verifies", 0)),
             nodes,
             links: BTreeMap::new(),
             links_made: 0,
@@ -348,6 +367,7 @@ impl World {
         }
         self.add_workers();
         self.plan_fault();
+        self.plan_verify();
         self.after(WATCH_NS, Happening::Watch);
     }
 
@@ -415,6 +435,7 @@ impl World {
                     self.start(node);
                 }
             }
+            Happening::Verify => self.want_verify(),
             Happening::Watch => self.watch(),
         }
     }
@@ -429,6 +450,10 @@ impl World {
         while let Some(record) = datapath::engine::ports::Engine::poll_proposal(driver.engine_mut()) {
             proposals.push(record);
         }
+        let engine = driver.engine_mut();
+        let poll = || datapath::engine::ports::Engine::poll_check_report(engine);
+        let reports: Vec<_> = std::iter::from_fn(poll).collect();
+        reports.iter().for_each(|report| self.heed_report(report));
         for called in calls {
             let delay = self.network_delay_ns();
             self.after(delay, Happening::CallArrives { caller: node, boot, called: index(called) });
@@ -490,6 +515,7 @@ impl World {
         self.happenings = 0;
         self.watch_clients();
         self.watch_disks();
+        self.watch_verifies();
         self.end_if_all_is_well();
         if self.stage != Stage::Working {
             assert!(

@@ -1,5 +1,7 @@
 //! A node: a shard with a disk and a clock of its own, which dies and is started again.
 
+use std::collections::BTreeSet;
+
 use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::DeviceIndex;
 use datapath::engine::shard::{NodeConfig, Shard, ShardPool};
@@ -10,6 +12,7 @@ use datapath::store::bugs::Bugs as StoreBugs;
 use datapath::store::format::format_writes;
 use datapath::store::lane::{AckPolicy, Lane, LaneConfig};
 use datapath::store::layout::Layout;
+use datapath::store::map::Mapping;
 use datapath::store::recovery::{PoolReader, Recovered, read_layout, recover_lane};
 use datapath::units::{BLOCK_BYTES, MemoryRange, Moment};
 
@@ -25,6 +28,8 @@ const MIB: u64 = 1 << 20;
 const RECEIVE_BYTES: u32 = 64 << 10;
 const RECEIVE_BUFFERS: u16 = 16;
 const MILLION: u64 = 1_000_000;
+/// Two passes of a scrub are made in this time.
+const SCRUB_NS: u64 = 4_000_000_000;
 
 /// What a node is like, for good.
 #[derive(Clone, Debug)]
@@ -67,6 +72,8 @@ pub(super) struct Life {
     pub(super) clock: Clock,
     /// Volumes whose record it has been told.
     pub(super) told: Vec<bool>,
+    /// It takes good reads for damaged now and then.
+    feigns_damage: bool,
 }
 
 /// A lane of each, as recovery finds it.
@@ -143,11 +150,13 @@ impl Node {
         let disk = self.disk.take().expect("a node that is down has its disk");
         let mut memory = self.memory.take().unwrap_or_else(|| SimMemory::new(plan.total_bytes));
         memory.reset();
-        let shard = self.open(pool, memory, random.bits());
+        let boot = random.bits();
+        let shard = self.open(pool, memory, boot);
         let mut driver =
             Driver::new(vec![shard], disk, clock.show(world_ns), &plan, random.fork("driver", 0));
         driver.allow_calls();
-        self.life = Some(Life { driver, clock, told: vec![false; volumes] });
+        let feigns_damage = feigns_damage(boot);
+        self.life = Some(Life { driver, clock, told: vec![false; volumes], feigns_damage });
         Ok(())
     }
 
@@ -172,8 +181,11 @@ impl Node {
         let config = NodeConfig { node: self.plan.id, boot, steals: boot.is_multiple_of(2) };
         let mut shard = Shard::new(memory, pages, vec![pool], false, Some(config));
         shard.plant(self.plan.bugs);
-        if boot.is_multiple_of(3) {
+        if feigns_damage(boot) {
             shard.feign_damage_in(4);
+        }
+        if boot.is_multiple_of(2) {
+            shard.scrub_within(SCRUB_NS);
         }
         shard
     }
@@ -181,6 +193,40 @@ impl Node {
     /// What recovery makes of the pool, which is not damaged.
     pub(super) fn read_pool(&self, reader: &mut impl PoolReader) -> Pool {
         read_pool(&self.plan, reader).unwrap_or_else(|error| panic!("an undamaged pool is refused: {error}"))
+    }
+
+    /// The same for a pool that may be damaged.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub(super) fn try_read_pool(&self, reader: &mut impl PoolReader) -> Result<Pool, String> {
+        read_pool(&self.plan, reader)
+    }
+
+    /// Does the process take good reads for damaged now and then?
+    pub(super) fn feigns_damage(&self) -> bool {
+        self.life.as_ref().is_some_and(|life| life.feigns_damage)
+    }
+
+    /// Flips up to `count` bits of what volumes hold, and says how many.
+    pub(super) fn rot_data(&mut self, count: usize) -> usize {
+        let reader = &mut StableReader(self.disk());
+        let Ok((layout, mut lanes)) = read_pool(&self.plan, reader) else { return 0 };
+        let fragile = fragile_ranges(&layout, reader, self.plan.map_cache_bytes, StoreBugs::none());
+        let mut held = BTreeSet::new();
+        for recovered in &mut lanes {
+            for volume in 0..recovered.volumes.len() {
+                let visit = |_, mapping: Mapping| {
+                    held.insert(mapping.place.offset_bytes());
+                };
+                if recovered.visit_blocks(reader, volume, visit).is_err() {
+                    return 0;
+                }
+            }
+        }
+        let flipped = self.disk_mut().flip_bits_of(count, &fragile, |page| held.contains(&page));
+        self.rotted |= flipped > 0;
+        flipped
     }
 
     /// Flips up to `count` bits, and says how many.
@@ -302,6 +348,10 @@ impl Node {
     pub(super) fn report_turns(&self) -> u64 {
         self.life.as_ref().map_or(0, |life| life.driver.counts.turns)
     }
+}
+
+fn feigns_damage(boot: u64) -> bool {
+    boot.is_multiple_of(3)
 }
 
 fn format(plan: &NodePlan, random: Random) -> Disk {

@@ -287,11 +287,22 @@ impl Disk {
     /// Flips up to `count` bits, each in a page that became stable some syncs ago and is not in one of the `fragile`
     /// ranges of bytes. Returns how many were flipped.
     pub fn flip_bits(&mut self, count: usize, fragile: &[Range<u64>]) -> usize {
+        self.flip_bits_of(count, fragile, |_| true)
+    }
+
+    /// The same where `wanted` says so of the first byte of a page.
+    pub fn flip_bits_of(
+        &mut self,
+        count: usize,
+        fragile: &[Range<u64>],
+        wanted: impl Fn(u64) -> bool,
+    ) -> usize {
         let busy: Vec<(u64, usize)> =
             self.unsynced.iter().map(|record| (record.offset_bytes, record.data.len())).collect();
         let flips = self.rot.choose(&mut self.random, &self.stable, count, |page_start| {
             let page_end = page_start + image::PAGE_BYTES as u64;
-            fragile.iter().all(|range| page_end <= range.start || range.end <= page_start)
+            wanted(page_start)
+                && fragile.iter().all(|range| page_end <= range.start || range.end <= page_start)
                 && busy.iter().all(|(start, len)| page_end <= *start || start + *len as u64 <= page_start)
         });
         for (offset_bytes, bit) in &flips {

@@ -2,7 +2,7 @@
 //! about whose turn it is.
 
 use datapath::engine::ports::{ConnectionId, Engine, Event};
-use datapath::record::{NodeId, Record};
+use datapath::record::{NodeId, Record, VolumeNumber};
 use datapath::units::Moment;
 
 use super::Driver;
@@ -30,6 +30,11 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
     /// The engine reads a record.
     pub fn tell_record(&mut self, record: Record) {
         self.tell(0, Event::Record(Box::new(record)));
+    }
+
+    /// Somebody wants a volume verified.
+    pub fn tell_verify(&mut self, volume: VolumeNumber, verify: u64) {
+        self.tell(0, Event::Verify { volume, verify });
     }
 
     /// From now on calls of other nodes are the caller's to answer.

@@ -42,6 +42,7 @@ impl<M: Memory> Shard<M> {
             return self.finish_later(piece, Err(RequestError::ShuttingDown));
         };
         self.replication.replicas[index].peer_reads.note_change(block, count);
+        self.replication.replicas[index].checking.checks.note_change(block, count);
         let checksums = memory.map_or_else(Vec::new, |memory| self.checksums_of(memory));
         if let Some(memory) = memory {
             self.use_memory(memory);
@@ -218,6 +219,7 @@ impl<M: Memory> Shard<M> {
                 self.replication.replicas[index].peer_reads.refused(now, member, read);
                 self.advance_peer_reads(index);
             }
+            PeerMessage::Check(answer) => self.check_answered(index, member, answer, checksums),
             request => unreachable!("{request:?} is no answer"),
         }
         assert!(memory.is_none(), "only what was fetched or read has a payload");
@@ -260,6 +262,7 @@ impl<M: Memory> Shard<M> {
     fn lead_began(&mut self, index: usize) {
         let served = self.replication.replicas[index].served;
         self.progress = true;
+        self.begin_checks(index);
         for id in self.connections_of(served) {
             self.ready.push_back(id);
         }
@@ -280,6 +283,7 @@ impl<M: Memory> Shard<M> {
         let replica = &mut self.replication.replicas[index];
         (replica.waiting_copy, replica.source) = (None, None);
         self.fail_peer_reads(index);
+        self.end_checks(index);
         // The replica stays, and follows whoever leads.
         if self.replication.replicas[index].leader == Leader::ThisNode {
             self.replication.replicas[index].leader = Leader::Nobody;

@@ -5,6 +5,7 @@
 //! | send | promise, change, fetch, lease | promised, refused, ack, gap, fetched, gone, leased |
 //! | to fill | fill, copy, filled | filling, copied, complete |
 //! | for what the head's replica cannot give | read | blocks, unreadable |
+//! | to compare the replicas in sync, if both know how | check: ask, mend | check: digest, unknown, mended |
 //!
 //! Whatever a correct node does not send ends the link. What was on its way is lost with it; heads ask again on the next.
 
@@ -15,7 +16,7 @@ use crate::limits::HANDSHAKE_DEADLINE_MS;
 use crate::memory::Memory;
 use crate::record::{NodeId, VolumeNumber};
 use crate::units::{BLOCK_BYTES, MemoryRange};
-use crate::wire::peer_message::{Hello, PeerFrame, PeerMessage};
+use crate::wire::peer_message::{FEATURE_CHECKS, Hello, PeerFrame, PeerMessage};
 
 /// A payload on its way in.
 #[derive(Debug)]
@@ -35,6 +36,8 @@ pub(super) struct Link {
     pub(super) node: Option<NodeId>,
     pub(super) outgoing: bool,
     pub(super) greeted: bool,
+    /// What the other node can do, as it said when it greeted.
+    pub(super) features: u64,
     pub(super) input: Option<(MemoryRange, ReceiveBuffer)>,
     /// Header and body of the message that is coming in.
     pub(super) message: Vec<u8>,
@@ -79,6 +82,7 @@ impl<M: Memory> Shard<M> {
             node,
             outgoing: node.is_some(),
             greeted: false,
+            features: 0,
             input: None,
             message: Vec::new(),
             payload: None,
@@ -120,7 +124,7 @@ impl<M: Memory> Shard<M> {
 
     fn greet(&mut self, id: ConnectionId) {
         let config = self.replication.node.expect("only nodes have links");
-        let hello = Hello { node: config.node, boot: config.boot, features: 0 };
+        let hello = Hello { node: config.node, boot: config.boot, features: FEATURE_CHECKS };
         self.send_on_link(id, VolumeNumber(0), PeerMessage::Hello(hello));
     }
 
@@ -132,6 +136,7 @@ impl<M: Memory> Shard<M> {
             return self.close_link(id);
         }
         link.greeted = true;
+        link.features = hello.features;
         link.node = Some(hello.node);
         if !outgoing {
             self.close_older_links(id, hello.node);
@@ -162,8 +167,19 @@ impl<M: Memory> Shard<M> {
 
     /// Sends a message without payload, if the link is there.
     pub(super) fn send_on_link(&mut self, id: ConnectionId, volume: VolumeNumber, message: PeerMessage) {
+        self.send_checksums(id, volume, message, &[]);
+    }
+
+    /// The same for a message that has checksums.
+    pub(super) fn send_checksums(
+        &mut self,
+        id: ConnectionId,
+        volume: VolumeNumber,
+        message: PeerMessage,
+        checksums: &[u32],
+    ) {
         if self.living_link(id).is_some() {
-            self.append_frame(id, PeerFrame { volume, message }, &[], 0);
+            self.append_frame(id, PeerFrame { volume, message }, checksums, 0);
             self.to_send.push(id);
         }
     }

@@ -123,14 +123,13 @@ impl<M: Memory> Shard<M> {
             self.close_link(id);
             return false;
         };
-        if frame.payload_blocks() == 0 {
-            message.clear();
-            self.link(id).message = message;
-            self.handle_peer(id, frame, Vec::new(), None);
-            return true;
-        }
         let checksums = PeerFrame::checksums(&message).collect();
         message.clear();
+        if frame.payload_blocks() == 0 {
+            self.link(id).message = message;
+            self.handle_peer(id, frame, checksums, None);
+            return true;
+        }
         let link = self.link(id);
         link.message = message;
         link.payload = Some(Incoming { frame, checksums, memory: None, filled: 0 });
@@ -210,7 +209,7 @@ impl<M: Memory> Shard<M> {
                 | PeerMessage::Complete { .. }
                 | PeerMessage::Blocks { .. }
                 | PeerMessage::Unreadable { .. }
-        );
+        ) || matches!(frame.message, PeerMessage::Check(check) if check.is_answer());
         match frame.message {
             PeerMessage::Hello(hello) => self.link_greeted(id, hello),
             message if greeted && outgoing && is_answer => {

@@ -121,6 +121,9 @@ impl<M: Memory> Shard<M> {
             (Step::Read, PeerMessage::Read { epoch, read, block, count }) => {
                 self.read_for_head(index, asker, PeerPiece { epoch, read, block, count });
             }
+            (Step::Check, PeerMessage::Check(message)) => {
+                return self.check_here(index, asker, message, memory);
+            }
             (Step::Copy { fill, runs }, PeerMessage::Copy { copy, .. }) => {
                 return self.append_copy(index, asker, (fill, copy), &runs, memory);
             }
@@ -330,6 +333,7 @@ fn epoch_of_order(message: PeerMessage) -> Option<u32> {
         | PeerMessage::Fetch { epoch, .. }
         | PeerMessage::Read { epoch, .. }
         | PeerMessage::Lease { epoch, .. } => Some(epoch),
+        PeerMessage::Check(check) => Some(check.epoch()),
         _ => None,
     }
 }

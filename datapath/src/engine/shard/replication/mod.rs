@@ -8,6 +8,8 @@
 //!
 //! The head's own replica is a member like any other, only that no network is between them.
 
+mod check;
+mod check_here;
 mod compare;
 mod content;
 mod dial;
@@ -27,6 +29,7 @@ use crate::limits::CONNECTIONS_MAX;
 use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
 use crate::replica::bugs::{Bugs, PlantedBug};
+use crate::replica::check::CheckReport;
 use crate::replica::head::Head;
 use crate::replica::member::Member;
 use crate::replica::peer_reads::PeerReads;
@@ -35,6 +38,8 @@ use crate::store::checkpoint_body::VolumeRecord;
 use crate::store::lane::Completion;
 use crate::store::slab::Slab;
 use crate::units::{BLOCK_BYTES_U64, MemoryRange, Moment};
+use check::Checking;
+use check_here::Asked;
 use compare::{Comparing, Source};
 use content::{Contents, Users};
 use dial::Dials;
@@ -110,6 +115,8 @@ struct Replica {
     peer_reads: PeerReads,
     /// By their numbers there: how these reads ended here.
     damaged_reads: Vec<(u64, Completion)>,
+    /// The replicas are compared now and then.
+    checking: Checking,
 }
 
 /// What a lane does for a replica.
@@ -125,7 +132,10 @@ enum Work {
     FindChanged { replica: usize, fill: u64, memory: MemoryRange },
     Compare { replica: usize, comparing: Comparing, memory: MemoryRange },
     ReadForHead { replica: usize, read: PeerPiece, memory: MemoryRange, leader: Leader },
-    Repair { blocks: u32, lent: MemoryRange, pages: u32 },
+    Repair { replica: usize, blocks: u32, lent: MemoryRange, pages: u32 },
+    Check { replica: usize, asked: Asked, memory: MemoryRange, asker: Leader },
+    CheckRepair { replica: usize, check: u64 },
+    Mend { replica: usize, asked: Asked, asker: Leader, lent: MemoryRange, pages: u32 },
 }
 
 /// See the module's text.
@@ -155,6 +165,9 @@ pub(super) struct Replication {
     pub(super) repairs: RepairReport,
     /// For simulations; 0 for never.
     feigns_damage_in: u32,
+    /// In this time every block of every volume that is led here is read once; 0 for never.
+    scrub_period_ns: u64,
+    check_reports: VecDeque<CheckReport>,
     /// Sent on links.
     bytes_sent: PeerBytes,
 }
@@ -178,6 +191,8 @@ impl Replication {
             copies_failed: 0,
             repairs: RepairReport::default(),
             feigns_damage_in: 0,
+            scrub_period_ns: 0,
+            check_reports: VecDeque::new(),
             bytes_sent: PeerBytes::default(),
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
@@ -225,7 +240,8 @@ impl Replication {
         let heads = self.replicas.iter().filter_map(|replica| replica.head.poll_timeout());
         let greeting = self.greetings_due.front().map(|(moment, ..)| *moment);
         let reads = self.replicas.iter().filter_map(|replica| replica.peer_reads.poll_timeout());
-        heads.chain(reads).chain(self.dials.poll_timeout()).chain(greeting).min()
+        let checks = self.replicas.iter().filter_map(|replica| replica.checking.poll_timeout());
+        heads.chain(reads).chain(checks).chain(self.dials.poll_timeout()).chain(greeting).min()
     }
 }
 
@@ -363,6 +379,7 @@ impl<M: Memory> Shard<M> {
             source: None,
             peer_reads: PeerReads::default(),
             damaged_reads: Vec::new(),
+            checking: Checking::new(record.volume, self.replication.bugs, self.replication.scrub_period_ns),
         });
         index
     }
@@ -386,6 +403,7 @@ impl<M: Memory> Shard<M> {
             self.settle_head(index);
             self.advance_peer_reads(index);
             self.answer_held(index);
+            self.advance_checks(index);
         }
         self.dial_members();
     }
@@ -426,7 +444,18 @@ impl<M: Memory> Shard<M> {
             Work::ReadForHead { replica, read, memory, leader } => {
                 self.finish_read_for_head(replica, read, memory, leader, completion.result.is_ok());
             }
-            Work::Repair { blocks, lent, pages } => {
+            Work::Check { replica, asked, memory, asker } => {
+                self.finish_check_read(replica, asked, memory, asker, completion);
+            }
+            Work::CheckRepair { replica, check } => {
+                self.replication.replicas[replica].checking.checks.repair_ended(check);
+            }
+            Work::Mend { replica, asked, asker, lent, pages } => {
+                self.replication.peer_pages -= pages;
+                self.unuse(lent);
+                self.finish_mend(replica, asked, asker, completion.result.is_ok());
+            }
+            Work::Repair { blocks, lent, pages, .. } => {
                 self.replication.peer_pages -= pages;
                 self.unuse(lent);
                 self.replication.repairs.blocks_repaired +=

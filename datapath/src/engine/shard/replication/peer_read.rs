@@ -54,7 +54,7 @@ impl<M: Memory> Shard<M> {
         self.replication.feigns_damage_in = reads;
     }
 
-    fn feign_damage(&mut self, completion: &Completion, blocks: &mut BlocksRead) -> bool {
+    pub(super) fn feign_damage(&mut self, completion: &Completion, blocks: &mut BlocksRead) -> bool {
         let in_all = u64::from(self.replication.feigns_damage_in);
         if in_all == 0 || !self.replication.random().is_multiple_of(in_all) {
             return false;
@@ -179,7 +179,7 @@ impl<M: Memory> Shard<M> {
             // The page in front of a run is the payload's first, or a block that is good here.
             let payload = Payload::Lent(memory.part(first * BLOCK_BYTES, (1 + count) * BLOCK_BYTES));
             self.use_memory(memory);
-            let cookie = self.begin_work(Work::Repair { blocks: count, lent: memory, pages });
+            let cookie = self.begin_work(Work::Repair { replica: index, blocks: count, lent: memory, pages });
             let range = BlockRange { volume, block: block + first, count };
             self.with_lane(lane, |lane, context| lane.append_copy(context, cookie, range, Some(payload)));
         }
