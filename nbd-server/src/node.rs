@@ -168,9 +168,8 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     let Some(node) = wait_to_join(&news, &settings.ctl, &stops) else { return Ok(()) };
     let config = NodeConfig { node, boot, steals: false };
     let mut shards = build_shards(vec![pool], &[file.length_bytes()], &[], &lanes, cpus.len(), Some(config))?;
-    for shard in &mut shards {
-        shard.scrub_within(u64::try_from(settings.scrub_period.as_nanos()).unwrap_or(u64::MAX));
-    }
+    let scrub_ns = u64::try_from(settings.scrub_period.as_nanos()).unwrap_or(u64::MAX);
+    shards.iter_mut().for_each(|shard| shard.scrub_within(scrub_ns));
     let (calls, called) = unbounded();
     let outside: Arc<dyn Outside> = Arc::new(Errands { calls, link: Arc::clone(&link) });
     let metrics = settings.metrics.as_deref().map(std::net::TcpListener::bind).transpose();

@@ -189,8 +189,10 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                 self.tell(to, Event::Told { from, message });
             }
             Mail::Moved(id, _) if self.threads[to].ended => {
-                // The socket is closed with the message that nobody reads.
-                self.connection(id).pipe.start_close();
+                // The socket is closed with the message that nobody reads: nobody else is going to end it.
+                let connection = self.connection(id);
+                connection.pipe.start_close();
+                connection.close_planned = true;
                 self.post(to, ShardIndex(u16::try_from(from).expect("few threads")), Mail::Gone(id));
                 self.plan_delivery(id);
             }
