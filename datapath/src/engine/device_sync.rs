@@ -20,8 +20,6 @@ pub(super) struct Applicant {
 pub(super) struct DeviceSync {
     running: Vec<Applicant>,
     waiting: Vec<Applicant>,
-    /// A lasting write of the home's own, which counts as a sync under way.
-    writing: Option<Token>,
     failed: bool,
 }
 
@@ -33,31 +31,11 @@ impl DeviceSync {
 
     /// Begins the next sync if one is wanted and none is under way.
     pub(super) fn begin(&mut self) -> bool {
-        if self.failed || !self.is_idle() || self.waiting.is_empty() {
+        if self.failed || !self.running.is_empty() || self.waiting.is_empty() {
             return false;
         }
         std::mem::swap(&mut self.running, &mut self.waiting);
         true
-    }
-
-    /// Begins a write of the home's own that is on stable media when it ends, as if it were a sync: the kernel may make it
-    /// one, with all that a failure means. False if a sync is under way or wanted: the write is better covered by one that
-    /// comes after it.
-    pub(super) fn begin_lasting_write(&mut self, token: Token) -> bool {
-        let free = self.is_idle() && self.waiting.is_empty() && !self.failed;
-        if free {
-            self.writing = Some(token);
-        }
-        free
-    }
-
-    /// An operation of the home's own has ended: was it a lasting write?
-    pub(super) fn end_lasting_write(&mut self, token: Token) -> bool {
-        self.writing.take_if(|writing| *writing == token).is_some()
-    }
-
-    fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.writing.is_none()
     }
 
     /// The sync under way has ended: moves those that it was for to `served`.
@@ -84,25 +62,6 @@ mod tests {
 
     fn lane(shard: u16, token: u32) -> Applicant {
         Applicant { shard: ShardIndex(shard), token: Token(token) }
-    }
-
-    #[test]
-    fn a_lasting_write_and_a_sync_never_run_at_once() {
-        let mut sync = DeviceSync::default();
-        assert!(sync.begin_lasting_write(Token(1)) && !sync.begin_lasting_write(Token(2)));
-        sync.request(lane(0, 3));
-        assert!(!sync.begin() && !sync.end_lasting_write(Token(2)) && sync.end_lasting_write(Token(1)));
-        // Who waits for a sync comes first.
-        assert!(!sync.begin_lasting_write(Token(2)) && sync.begin() && !sync.begin_lasting_write(Token(2)));
-        sync.finish(true, &mut Vec::new());
-        assert!(sync.begin_lasting_write(Token(2)));
-    }
-
-    #[test]
-    fn after_a_failure_nothing_lasts() {
-        let mut sync = DeviceSync::default();
-        sync.fail();
-        assert!(!sync.begin_lasting_write(Token(1)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::engine::pool_space::PoolSpace;
 use crate::engine::ports::{DeviceIndex, Effect};
 use crate::engine::shard_message::{LOT_SEGMENTS, Lot, PoolNews, PoolReport, ShardIndex, ShardMessage};
 use crate::memory::Memory;
-use crate::store::lane::{DiskOutcome, Lane, PoolShare};
+use crate::store::lane::{Lane, PoolShare};
 use crate::store::layout::SegmentIndex;
 
 /// Segments that a shard asks for when it is short, beyond what it has room for: a piece takes no more.
@@ -338,7 +338,7 @@ impl<M: Memory> Shard<M> {
 
     fn answer_sync(&mut self, Applicant { shard, token }: Applicant, good: bool) {
         if shard == self.neighbours.this() {
-            self.finish_lane_operation(token, if good { DiskOutcome::Done } else { DiskOutcome::Failed });
+            self.finish_lane_operation(token, good);
         } else {
             self.tell(shard, ShardMessage::SyncEnded { token, good });
         }
@@ -370,6 +370,6 @@ impl<M: Memory> Shard<M> {
         if !good {
             self.fail_pool(pool, false);
         }
-        self.finish_lane_operation(token, if good { DiskOutcome::Done } else { DiskOutcome::Failed });
+        self.finish_lane_operation(token, good);
     }
 }

@@ -32,7 +32,7 @@ use crate::memory::{Memory, Pages};
 use crate::record::Record;
 use crate::replica::check::CheckReport;
 use crate::session::nbd::Rejections;
-use crate::store::lane::{Completion, Context, DiskEffect, DiskOutcome, DiskToken, Lane};
+use crate::store::lane::{Completion, Context, DiskEffect, DiskToken, Lane};
 use crate::store::slab::Slab;
 use crate::units::{MemoryRange, Moment};
 use connection::Connection;
@@ -298,21 +298,17 @@ impl<M: Memory> Shard<M> {
     }
 
     fn finish_device_operation(&mut self, token: Token, result: Result<(), DeviceError>) {
-        let Some(pool) = pool_of_sync(token) else {
-            let pool = self.lanes[lane_of_token(token)].pool;
-            let lasting = self.pools[pool].home.as_mut().is_ok_and(|home| home.sync.end_lasting_write(token));
-            let done = if lasting { DiskOutcome::Lasting } else { DiskOutcome::Done };
-            return self
-                .finish_lane_operation(token, if result.is_ok() { done } else { DiskOutcome::Failed });
-        };
-        self.finish_sync(pool, result.is_ok());
+        match pool_of_sync(token) {
+            Some(pool) => self.finish_sync(pool, result.is_ok()),
+            None => self.finish_lane_operation(token, result.is_ok()),
+        }
     }
 
-    fn finish_lane_operation(&mut self, token: Token, outcome: DiskOutcome) {
+    fn finish_lane_operation(&mut self, token: Token, good: bool) {
         let lane = lane_of_token(token);
         let token = DiskToken(token.0 & 0x00ff_ffff);
-        self.with_lane(lane, |lane, context| lane.handle_disk(context, token, outcome));
-        if outcome == DiskOutcome::Failed && self.lanes[lane].lane.has_failed() {
+        self.with_lane(lane, |lane, context| lane.handle_disk(context, token, good));
+        if !good && self.lanes[lane].lane.has_failed() {
             self.fail_pool(self.lanes[lane].pool, true);
         }
         self.take_completions(lane);
@@ -366,13 +362,13 @@ impl<M: Memory> Shard<M> {
                     offset_bytes: place.offset_bytes(),
                     memory,
                 },
-                DiskEffect::Write { token: of, place, memory, lasting } => {
-                    // Elsewhere it would have to be asked for, which takes longer than the sync afterwards.
-                    let home = self.pools[pool].home.as_mut().ok().filter(|_| lasting);
-                    let durable = home.is_some_and(|home| home.sync.begin_lasting_write(token(of)));
-                    let offset_bytes = place.offset_bytes();
-                    Effect::DeviceWrite { token: token(of), device, offset_bytes, memory, durable }
-                }
+                DiskEffect::Write { token: of, place, memory } => Effect::DeviceWrite {
+                    token: token(of),
+                    device,
+                    offset_bytes: place.offset_bytes(),
+                    memory,
+                    durable: false,
+                },
             };
             self.effects.push_back(effect);
         }

@@ -8,8 +8,7 @@ use crate::store::bugs::Bugs;
 use crate::store::checkpoint_body::VolumeRecord;
 use crate::store::format::format_writes;
 use crate::store::lane::{
-    AckPolicy, BlockRange, Context, DiskEffect, DiskOutcome, Lane, LaneConfig, OwnedPayload, Payload,
-    PoolShare, Release,
+    AckPolicy, BlockRange, Context, DiskEffect, Lane, LaneConfig, OwnedPayload, Payload, PoolShare, Release,
 };
 use crate::store::layout::{Layout, Place};
 use crate::store::map::LEAF_BLOCKS;
@@ -376,20 +375,19 @@ impl Builder {
     }
 
     fn complete(&mut self, effect: DiskEffect, bytes: &[u8]) {
-        let (token, outcome) = match effect {
+        let (token, good) = match effect {
             DiskEffect::Read { token, place, memory } => {
                 let into = self.memory.bytes_mut(memory);
-                let good = self.image.read_at(place.offset_bytes(), into);
-                (token, if good { DiskOutcome::Done } else { DiskOutcome::Failed })
+                (token, self.image.read_at(place.offset_bytes(), into))
             }
             DiskEffect::Write { token, place, .. } => {
                 self.image.write(place, bytes);
-                (token, DiskOutcome::Done)
+                (token, true)
             }
-            DiskEffect::Sync { token } => (token, DiskOutcome::Done),
+            DiskEffect::Sync { token } => (token, true),
         };
         self.image.bytes_read = 0;
-        self.with_lane(|lane, context| lane.handle_disk(context, token, outcome));
+        self.with_lane(|lane, context| lane.handle_disk(context, token, good));
     }
 
     fn lend_segments(&mut self) {

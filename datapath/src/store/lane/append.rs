@@ -2,8 +2,7 @@
 
 use super::stream::{Batch, BatchMemory, OpenBatch, Position, Record, Stream, StreamKind};
 use super::{
-    AckPolicy, BATCH_BUFFER_PAGES, BATCH_BUFFERS_KEPT, Context, DiskEffect, DiskOutcome, Lane, Operation,
-    Payload,
+    AckPolicy, BATCH_BUFFER_PAGES, BATCH_BUFFERS_KEPT, Context, DiskEffect, Lane, Operation, Payload,
 };
 use crate::checksum::crc32c;
 use crate::memory::Memory;
@@ -207,7 +206,6 @@ impl Lane {
     ) {
         self.last_number += 1;
         let number = self.last_number;
-        let lasting = self.is_best_lasting(kind, memory);
         let stream = &mut self.streams[kind.index()];
         let position = stream.position.expect("an open stream");
         let header = BatchHeader {
@@ -236,7 +234,6 @@ impl Lane {
             descriptor,
             memory,
             writes_left: u8::try_from(pieces.len()).expect("one or two"),
-            lasting: false,
             continues,
             records,
         });
@@ -250,30 +247,15 @@ impl Lane {
                 token,
                 place,
                 memory,
-                lasting,
             });
             at = at.plus(piece.len / BLOCK_BYTES);
         }
     }
 
-    /// Should the next batch be on stable media when its write ends? If nobody waits for a sync anyway, that saves one, and
-    /// the turn in between. A large run is better written while another one is synced.
-    fn is_best_lasting(&self, kind: StreamKind, memory: BatchMemory) -> bool {
-        self.config.ack == AckPolicy::Durable
-            && kind == StreamKind::Client
-            && self.streams[kind.index()].under_way.is_empty()
-            && matches!(memory, BatchMemory::Buffer(_))
-    }
-
     /// Starts writing what has gathered, unless enough is being written already.
     pub(super) fn seal_gathered<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         let stream = &self.streams[StreamKind::Client.index()];
-        let under_way = match self.config.ack {
-            AckPolicy::Device => stream.writing_count(),
-            // Each batch costs a sync too: what comes until it has ended shares the next one.
-            AckPolicy::Durable => stream.under_way.len(),
-        };
-        if stream.open.is_some() && under_way < CLIENT_BATCHES_WRITING {
+        if stream.open.is_some() && stream.writing_count() < CLIENT_BATCHES_WRITING {
             self.seal(context, StreamKind::Client, false);
         }
     }
@@ -407,9 +389,9 @@ impl Lane {
         context: &mut Context<'_, M>,
         kind: StreamKind,
         number: u64,
-        outcome: DiskOutcome,
+        good: bool,
     ) {
-        if outcome == DiskOutcome::Failed {
+        if !good {
             self.fail(context);
         }
         let stream = &mut self.streams[kind.index()];
@@ -417,7 +399,6 @@ impl Lane {
             return;
         };
         stream.under_way[index].writes_left -= 1;
-        stream.under_way[index].lasting = outcome == DiskOutcome::Lasting;
         if self.failed {
             self.release_failed(context, kind);
             return;
@@ -435,14 +416,9 @@ impl Lane {
         let written = stream.under_way.iter().take_while(|batch| batch.writes_left == 0).last();
         if let Some(batch) = written {
             stream.written_through = batch.number;
-        }
-        // All before the first one under way is on stable media: it has taken effect.
-        if let Some(first) = stream.under_way.front().filter(|first| first.lasting) {
-            stream.flushed_through = stream.flushed_through.max(first.number);
-        }
-        let durable = self.config.ack == AckPolicy::Durable && kind == StreamKind::Client;
-        if durable && stream.flushed_through < stream.written_through {
-            self.syncer.want();
+            if self.config.ack == AckPolicy::Durable && kind == StreamKind::Client {
+                self.syncer.want();
+            }
         }
     }
 

@@ -389,12 +389,7 @@ impl Lane {
         let memory = self.checkpointer.root_page;
         for slot in slots {
             let place = self.config.layout.root_place(self.config.lane, slot);
-            self.start(Operation::RootWrite, |token| DiskEffect::Write {
-                token,
-                place,
-                memory,
-                lasting: false,
-            });
+            self.start(Operation::RootWrite, |token| DiskEffect::Write { token, place, memory });
             self.counters.device_blocks_written += 1;
             self.counters.map_blocks_written += 1;
         }

@@ -102,25 +102,12 @@ pub enum DiskEffect {
         place: Place,
         /// From what.
         memory: MemoryRange,
-        /// It is best on stable media when it ends. [`DiskOutcome::Lasting`] says that it is.
-        lasting: bool,
     },
     /// Bring all writes that have completed to stable media.
     Sync {
         /// Comes back in [`Lane::handle_disk`].
         token: DiskToken,
     },
-}
-
-/// How a device operation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskOutcome {
-    /// Not well.
-    Failed,
-    /// Well.
-    Done,
-    /// Well, and what this operation wrote (no other) is on stable media. No sync of the device ran at the same time.
-    Lasting,
 }
 
 /// The answer to a request.
@@ -580,22 +567,14 @@ impl Lane {
     }
 
     /// A device operation has ended.
-    pub fn handle_disk<M: Memory>(
-        &mut self,
-        context: &mut Context<'_, M>,
-        token: DiskToken,
-        outcome: DiskOutcome,
-    ) {
-        let good = outcome != DiskOutcome::Failed;
+    pub fn handle_disk<M: Memory>(&mut self, context: &mut Context<'_, M>, token: DiskToken, good: bool) {
         if !good {
             self.counters.device_errors += 1;
         }
         match self.operations.remove(token.0) {
             Operation::Read(read) => self.finish_read_part(context, read, good),
             Operation::LeafLoad { frame, memory } => self.finish_leaf_load(context, frame, memory, good),
-            Operation::Batch { stream, number } => {
-                self.finish_batch_write(context, stream, number, outcome);
-            }
+            Operation::Batch { stream, number } => self.finish_batch_write(context, stream, number, good),
             Operation::Fetch(fetch) => self.finish_fetch_read(context, fetch, good),
             Operation::Walk(walk) => self.finish_walk_read(context, walk, good),
             Operation::Sync => self.finish_sync(context, good),
@@ -639,12 +618,7 @@ impl Lane {
         let memory = self.zeroing.zeroes.part(0, step * BLOCK_BYTES);
         for block in (0..layout.segment_blocks).step_by(step as usize) {
             let place = layout.place(segment, block);
-            self.start(Operation::ZeroWrite, |token| DiskEffect::Write {
-                token,
-                place,
-                memory,
-                lasting: false,
-            });
+            self.start(Operation::ZeroWrite, |token| DiskEffect::Write { token, place, memory });
         }
         self.counters.zero_blocks_written += u64::from(layout.segment_blocks);
         self.counters.device_blocks_written += u64::from(layout.segment_blocks);

@@ -104,8 +104,6 @@ pub(super) struct Batch {
     pub(super) descriptor: MemoryRange,
     pub(super) memory: BatchMemory,
     pub(super) writes_left: u8,
-    /// It is on stable media, whatever syncs there were.
-    pub(super) lasting: bool,
     pub(super) continues: bool,
     pub(super) records: Vec<Record>,
 }

@@ -1,7 +1,7 @@
 //! A disk in memory that completes its operations in any order and forgets, when power fails, what was not synced.
 
 use crate::memory::Memory;
-use crate::store::lane::{DiskEffect, DiskOutcome, DiskToken};
+use crate::store::lane::{DiskEffect, DiskToken};
 use crate::store::layout::Place;
 use crate::store::recovery::PoolReader;
 use crate::units::{BLOCK_BYTES_USIZE, MemoryRange};
@@ -110,11 +110,7 @@ impl Disk {
     }
 
     /// Completes any one of the operations that are not held back.
-    pub(super) fn complete_one(
-        &mut self,
-        memory: &mut TestMemory,
-        random: &mut Random,
-    ) -> Option<(DiskToken, DiskOutcome)> {
+    pub(super) fn complete_one(&mut self, memory: &mut TestMemory, random: &mut Random) -> Option<DiskToken> {
         let free = |pending: &Pending| match pending.effect {
             DiskEffect::Read { .. } => !self.holds_reads,
             DiskEffect::Write { .. } => !self.holds_writes,
@@ -131,25 +127,20 @@ impl Disk {
                 let at = usize::try_from(place.offset_bytes()).expect("fits");
                 memory.bytes_mut(range).copy_from_slice(&self.seen[at..at + range.len as usize]);
                 self.reads += 1;
-                Some((token, DiskOutcome::Done))
+                Some(token)
             }
-            DiskEffect::Write { token, place, memory: range, lasting } => {
+            DiskEffect::Write { token, place, memory: range } => {
                 assert!(memory.bytes(range) == bytes, "memory changed while the device read it");
                 let at = usize::try_from(place.offset_bytes()).expect("fits");
                 self.seen[at..at + bytes.len()].copy_from_slice(&bytes);
-                // A device may or may not do what is best.
-                if lasting && random.below(2) == 0 {
-                    self.stable[at..at + bytes.len()].copy_from_slice(&bytes);
-                    return Some((token, DiskOutcome::Lasting));
-                }
                 self.unsynced.push((at, bytes));
-                Some((token, DiskOutcome::Done))
+                Some(token)
             }
             DiskEffect::Sync { token } => {
                 for (at, bytes) in self.unsynced.drain(..covers) {
                     self.stable[at..at + bytes.len()].copy_from_slice(&bytes);
                 }
-                Some((token, DiskOutcome::Done))
+                Some(token)
             }
         }
     }

@@ -161,8 +161,8 @@ impl World {
             self.disk.submit(&self.memory, effect);
             moved = true;
         }
-        if let Some((token, outcome)) = self.disk.complete_one(&mut self.memory, &mut self.random) {
-            self.with_lane(|lane, context| lane.handle_disk(context, token, outcome));
+        if let Some(token) = self.disk.complete_one(&mut self.memory, &mut self.random) {
+            self.with_lane(|lane, context| lane.handle_disk(context, token, true));
             moved = true;
         }
         while let Some(completion) = self.lane.poll_completion() {

@@ -26,8 +26,8 @@ fn step_without_answers(world: &mut World) -> bool {
         world.disk.submit(&world.memory, effect);
     }
     let done = world.disk.complete_one(&mut world.memory, &mut world.random);
-    if let Some((token, outcome)) = done {
-        world.with_lane(|lane, context| lane.handle_disk(context, token, outcome));
+    if let Some(token) = done {
+        world.with_lane(|lane, context| lane.handle_disk(context, token, true));
     }
     done.is_some() || world.lane.wants_turn()
 }
