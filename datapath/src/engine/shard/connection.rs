@@ -265,7 +265,8 @@ impl<M: Memory> Shard<M> {
                 return false;
             }
             if connection.payload.is_some() {
-                if !self.feed_payload(id) {
+                // Somebody else has looked at it in this turn, and asked for the rest.
+                if connection.receiving || !self.feed_payload(id) {
                     return false;
                 }
                 continue;

@@ -68,6 +68,11 @@ impl<M: Memory> Shard<M> {
         self.replication.replicas[index].source.as_deref_mut().filter(|source| source.fill == fill)
     }
 
+    /// Was what it is to be compared with forgotten, since the replica is filled anew?
+    pub(super) fn is_of_an_earlier_fill(&mut self, index: usize, wish: &CopyWish) -> bool {
+        wish.base != Stamp::default() && self.source_of(index, wish.fill).is_none()
+    }
+
     /// Is it known what must be copied? If not it soon is, and copying goes on by itself.
     pub(super) fn knows_what_is_lacking(&mut self, index: usize, wish: &CopyWish) -> bool {
         if wish.base == Stamp::default() {

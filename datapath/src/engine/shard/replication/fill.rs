@@ -47,6 +47,11 @@ impl<M: Memory> Shard<M> {
     /// Reads the piece that waits, once it is known which and there is memory for it.
     pub(super) fn start_copy(&mut self, index: usize) {
         let Some(wish) = self.replication.replicas[index].waiting_copy else { return };
+        if self.is_of_an_earlier_fill(index, &wish) {
+            // It had waited for memory, and was given up meanwhile.
+            self.replication.replicas[index].waiting_copy = None;
+            return;
+        }
         if !self.knows_what_is_lacking(index, &wish) {
             return;
         }
