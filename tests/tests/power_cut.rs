@@ -37,7 +37,7 @@ fn nothing_flushed_is_lost_by_a_loss_of_power() {
         let load = scope.spawn(|| bench::run_with(&args, &control));
         let mut at_stake = 0;
         for round in 0..ROUNDS {
-            while control.reconnects() < round && !load.is_finished() {
+            while !(control.has_begun() && control.reconnects() >= round || load.is_finished()) {
                 thread::sleep(Duration::from_millis(1));
             }
             thread::sleep(Duration::from_millis(30 + 97 * (round % 7)));

@@ -228,7 +228,7 @@ fn the_commands_do_what_they_say_and_say_what_to_do() {
     assert_eq!(made, "volume data: 10G, replicas on n1, n2, n3\n");
     text("volume create logs --size 4096 --on n2 --min-in-sync 1");
     let list = text("volume list");
-    assert_eq!(list.lines().nth(1), Some("data  10G   -     n1,n2,n3  -"), "{list}");
+    assert_eq!(list.lines().nth(1), Some("data  10G   -     n1,n2,n3  -     never"), "{list}");
     let json = text("volume show data --output json");
     for part in ["\"name\": \"data\"", "\"size_bytes\": 10737418240", "\"min_in_sync\": 2", "\"version\": 1"]
     {

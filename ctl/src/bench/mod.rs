@@ -133,6 +133,7 @@ impl Plan {
 #[derive(Debug, Default)]
 pub struct Control {
     finish: AtomicBool,
+    begun: AtomicBool,
     reconnects: AtomicU64,
 }
 
@@ -140,6 +141,11 @@ impl Control {
     /// Ends the load early: nothing new is sent, what is under way is waited for and verified.
     pub fn finish(&self) {
         self.finish.store(true, Ordering::Relaxed);
+    }
+
+    /// Is there a connection to every server, so that losing one is part of the run?
+    pub fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// How often, so far, a server came back and (with `--verify`) was found in order.
@@ -193,6 +199,7 @@ pub fn run_with(args: &BenchArgs, control: &Control) -> Result<Report, BenchErro
         volumes.push((volume, size_bytes));
     }
     let start = Instant::now();
+    control.begun.store(true, Ordering::Relaxed);
     let counts = run_workers(args, &plan, &volumes, clients, (start, control))?;
     let report = summarize(args, control, &counts, start);
     conclude(args, volumes, report)

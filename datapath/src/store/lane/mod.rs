@@ -18,6 +18,7 @@ mod fetch;
 mod fill;
 mod leaf;
 mod read;
+mod space;
 mod stamped;
 mod stream;
 mod sync;
@@ -467,51 +468,6 @@ impl Lane {
         let (stuck, live_in_stuck) = self.segments.stuck();
         let segments = segments.saturating_sub(self.working_segments() + stuck);
         u64::from(segments) * u64::from(self.config.layout.usable_blocks()) + live_in_stuck
-    }
-
-    /// Segments that the lane cannot do without: those that its live blocks would fill, and those it works in.
-    #[must_use]
-    pub fn segments_needed(&self) -> u32 {
-        if self.volumes.is_empty() {
-            return 0;
-        }
-        let blocks = self.segments.live_total() + self.unapplied_new_blocks;
-        let filled = blocks.div_ceil(u64::from(self.config.layout.usable_blocks()));
-        u32::try_from(filled).expect("segments fit 32 bits") + self.working_segments()
-    }
-
-    fn working_segments(&self) -> u32 {
-        WORKING_SEGMENTS + self.pool_share.segments / 16
-    }
-
-    /// Does a change wait, for space or for memory?
-    #[must_use]
-    pub fn has_blocked_changes(&self) -> bool {
-        self.blocked.iter().any(|queue| !queue.is_empty())
-    }
-
-    /// Does a change wait for a segment that the pool does not have?
-    #[must_use]
-    pub fn is_hungry(&self) -> bool {
-        self.has_blocked_changes()
-            && self.pool_share.free == 0
-            && self.segments.free_count() <= self.segments_kept(StreamKind::Client) + 1
-    }
-
-    /// Does a change wait for room that other shards may have?
-    #[must_use]
-    pub fn is_short(&self) -> bool {
-        self.is_short
-    }
-
-    /// Another lane is hungry: a free segment that this one can spare.
-    pub fn spare_segment(&mut self) -> Option<SegmentIndex> {
-        let kept = self.segments_kept(StreamKind::Client) + 2;
-        if self.volumes.is_empty() || self.segments.free_count() > kept {
-            self.segments.give_back()
-        } else {
-            None
-        }
     }
 
     /// Adds a volume, or changes the size of the one with this number. It lasts from the next checkpoint on:
