@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use berth::bench::{self, BenchArgs, BlockRange, Control};
 use system_tests::harness::server::{Options, Server};
-use system_tests::harness::{Scratch, full_tier, print_figure};
+use system_tests::harness::{Scratch, full_tier, print_figure, wait_until_begun};
 
 #[test]
 fn nothing_answered_is_lost_by_kill_9() {
@@ -33,6 +33,7 @@ fn nothing_answered_is_lost_by_kill_9() {
     let report = thread::scope(|scope| {
         let load = scope.spawn(|| bench::run_with(&args, &control));
         let mut at_last_kill = 0;
+        wait_until_begun(&control, || load.is_finished());
         for round in 0..rounds {
             // Even rounds kill while the load still looks whether all is there, odd ones under full load; each at
             // another moment.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use berth::bench::{self, BenchArgs, BlockRange, Control, Loss};
 use system_tests::harness::server::{Options, Server};
-use system_tests::harness::{Scratch, print_figure};
+use system_tests::harness::{Scratch, print_figure, wait_until_begun};
 use system_tests::power_cut_fs::{Cut, PowerCutFs};
 
 const ROUNDS: u64 = 30;
@@ -36,8 +36,9 @@ fn nothing_flushed_is_lost_by_a_loss_of_power() {
     let (report, at_stake) = thread::scope(|scope| {
         let load = scope.spawn(|| bench::run_with(&args, &control));
         let mut at_stake = 0;
+        wait_until_begun(&control, || load.is_finished());
         for round in 0..ROUNDS {
-            while !(control.has_begun() && control.reconnects() >= round || load.is_finished()) {
+            while control.reconnects() < round && !load.is_finished() {
                 thread::sleep(Duration::from_millis(1));
             }
             thread::sleep(Duration::from_millis(30 + 97 * (round % 7)));

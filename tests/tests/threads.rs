@@ -18,11 +18,11 @@ use datapath::wire::nbd_transmission::{
     HeaderStyle, ReplyHeader, RequestHeader, SIMPLE_REPLY_BYTES, command,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use system_tests::harness::Scratch;
 use system_tests::harness::client::Client;
 use system_tests::harness::metrics::Page;
 use system_tests::harness::server::{Options, Server};
 use system_tests::harness::tools::{fio_verify, run, tool};
+use system_tests::harness::{Scratch, wait_until_begun};
 
 /// One volume for each lane of a new pool.
 const VOLUMES: usize = 4;
@@ -94,8 +94,12 @@ fn nothing_answered_is_lost_by_kill_9_and_another_number_of_threads() {
             .zip(&controls)
             .map(|(args, control)| scope.spawn(move || bench::run_with(args, control)))
             .collect();
+        for (control, load) in controls.iter().zip(&loads) {
+            wait_until_begun(control, || load.is_finished());
+        }
         for threads in [3, 1, 2, 1, 4] {
             let before: Vec<u64> = controls.iter().map(Control::reconnects).collect();
+            // Not a wait for anything: the moment of the kill, in the midst of the load.
             thread::sleep(Duration::from_millis(300));
             server.kill();
             options.threads = threads;

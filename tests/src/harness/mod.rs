@@ -15,6 +15,9 @@ pub mod tools;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use berth::bench::Control;
 
 static SCRATCH_NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -93,6 +96,15 @@ impl Drop for Scratch {
             let _ = std::fs::remove_dir_all(&self.disk);
         }
         let _ = std::fs::remove_dir_all(&self.sockets);
+    }
+}
+
+/// Waits until a load has all its connections, or has ended: a server that is killed earlier was never there for it, and
+/// that ends a load.
+#[expect(clippy::disallowed_methods, reason = "it looks at the condition now and then")]
+pub fn wait_until_begun(control: &Control, has_ended: impl Fn() -> bool) {
+    while !control.has_begun() && !has_ended() {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
