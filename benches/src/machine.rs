@@ -92,10 +92,18 @@ pub fn describe(dir: &Path) -> Vec<String> {
         run("uname -sr"),
         run("echo $(nproc) x $(sed -n 's/model name.*: //p' /proc/cpuinfo | head -1)"),
         run(&format!("mkdir -p {dir} && df --output=source,fstype {dir} | tail -1")),
-        run("fio --version"),
+        format!("{}{}", run("fio --version"), client_place()),
         run("qemu-nbd --version | head -1"),
         run("nbdkit --version"),
         run("nbd-server -V | head -1"),
         run("git describe --always --dirty 2>/dev/null | sed 's/^/berth /'"),
     ]
+}
+
+/// Where the client is kept, for the list of facts.
+fn client_place() -> String {
+    match crate::fio::client_cpu() {
+        Some(cpu) => format!(" on CPU {cpu}"),
+        None => String::new(),
+    }
 }

@@ -113,7 +113,7 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 21] = [
     ("device_transfers_in_parts", "Device operations done in parts", |shard| shard.counters.short_transfers),
 ];
 
-const SHARD_GAUGES: [Metric<Snapshot<ShardReport>, u64>; 6] = [
+const SHARD_GAUGES: [Metric<Snapshot<ShardReport>, u64>; 7] = [
     ("connections", "Connections open now", |shard| shard.report.connections.into()),
     ("requests_under_way", "Requests being worked on now", |shard| shard.report.requests_under_way.into()),
     ("receive_buffers_kept", "Receive buffers of connections that are stalled", |shard| {
@@ -121,6 +121,9 @@ const SHARD_GAUGES: [Metric<Snapshot<ShardReport>, u64>; 6] = [
     }),
     ("parked_bytes", "Received bytes of stalled connections outside of receive buffers", |shard| {
         shard.report.parked_bytes
+    }),
+    ("memory_arena_bytes", "Memory for requests, lanes and receive buffers", |shard| {
+        shard.arena_bytes.into()
     }),
     ("memory_pages", "Pages of 4096 bytes for requests and lanes", |shard| shard.report.pages.into()),
     ("memory_pages_free", "Of these, free now", |shard| shard.report.pages_free.into()),
@@ -353,7 +356,7 @@ mod tests {
         report.operations[1].requests = 3;
         report.peer_bytes_sent.copies = 5;
         let counters = Counters { accepted: 7, ..Counters::default() };
-        let up = Snapshot { report, counters, features: Features::EVERY, connections: 0 };
+        let up = Snapshot { report, counters, features: Features::EVERY, connections: 0, arena_bytes: 0 };
         let page = write_page(vec![Some(up), None]);
         for line in [
             "berth_shard_up{shard=\"0\"} 1",

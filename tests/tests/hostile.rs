@@ -19,6 +19,7 @@ use datapath::wire::nbd_handshake::{
 use datapath::wire::nbd_transmission::{
     HeaderStyle, ReplyHeader, RequestHeader, SIMPLE_REPLY_BYTES, command, command_flag, error_number,
 };
+use system_tests::harness::metrics::Page;
 use system_tests::harness::server::{Options, Server};
 use system_tests::harness::tools::{fio_verify, run};
 use system_tests::harness::{Scratch, print_figure};
@@ -29,6 +30,9 @@ const VOLUME_BYTES: u64 = VOLUME_MIB << 20;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What all attacks together may add to the most memory that an honest client made the server use.
 const GROWTH_KIB_MAX: u64 = 32 << 10;
+/// What the server may use in all beyond its arenas and the map's cache.
+const BEYOND_ARENA_KIB_MAX: u64 = 256 << 10;
+const MAP_CACHE_MIB: u64 = 16;
 /// Hostile clients at once: more than receive buffers, and than requests of 1 MiB that find memory.
 const CROWD: u32 = 200;
 /// However many of them there are, a newcomer with a short request does not wait longer.
@@ -453,11 +457,14 @@ fn half_open(socket: &Path) {
 }
 
 #[test]
+#[expect(clippy::cast_precision_loss, reason = "KiB of memory are far below 2^52")]
 fn attacks_cost_the_attacker_and_nobody_else() {
     let scratch = Scratch::new("hostile");
     let mut options = Options::new(&scratch, VOLUME_MIB);
     options.volumes.push(("w".to_owned(), VOLUME_MIB));
     options.pool_mib = 4 * VOLUME_MIB;
+    options.more.push(format!("--map-cache={MAP_CACHE_MIB}M"));
+    options.more.push("--metrics=127.0.0.1:0".to_owned());
     let mut server = Server::start(&options);
     let honest = server.uris()[1].clone();
     run(&mut fio_verify(&honest, VOLUME_MIB));
@@ -505,9 +512,14 @@ fn attacks_cost_the_attacker_and_nobody_else() {
     });
     assert!(server.is_running(), "the server fell");
     let attacked_kib = server.peak_memory_kib();
+    let arena_kib = Page::fetch(server.metrics_url()).sum("berth_memory_arena_bytes", "") / 1024.0;
+    let allowed_kib = arena_kib + ((MAP_CACHE_MIB << 10) + BEYOND_ARENA_KIB_MAX) as f64;
     print_figure(&format!(
-        "peak memory {attacked_kib} KiB after all attacks, {usual_kib} KiB with an honest client"
+        "peak memory {attacked_kib} KiB after all attacks, {usual_kib} KiB with an honest client; allowed {allowed_kib} \
+         KiB: arenas {arena_kib}, map cache {}, and {BEYOND_ARENA_KIB_MAX}",
+        MAP_CACHE_MIB << 10
     ));
+    assert!(attacked_kib as f64 <= allowed_kib, "{attacked_kib} KiB are more than {allowed_kib} KiB");
     assert!(attacked_kib <= usual_kib + GROWTH_KIB_MAX, "{usual_kib} KiB grew to {attacked_kib} KiB");
     server.stop();
 }

@@ -91,6 +91,10 @@ impl Mapping {
     }
 
     /// How the mapping is divided.
+    pub(super) fn len_bytes(&self) -> u32 {
+        self.len_bytes
+    }
+
     pub(super) fn layout(&self) -> ArenaLayout {
         self.layout
     }

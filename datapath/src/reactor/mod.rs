@@ -150,6 +150,8 @@ pub struct Snapshot<R> {
     pub features: Features,
     /// Connections that are open.
     pub connections: u32,
+    /// Memory for requests, lanes and receive buffers, all of it taken at the start.
+    pub arena_bytes: u32,
 }
 
 /// Why a reactor could not start, or ended early.
@@ -557,6 +559,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             counters: Counters { enters: self.ring.enters, ..self.counters },
             features: self.ring.features(),
             connections: u32::try_from(open).expect("below CONNECTIONS_MAX"),
+            arena_bytes: self.mapping.len_bytes(),
         }
     }
 
