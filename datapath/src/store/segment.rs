@@ -59,6 +59,8 @@ pub struct SegmentTable {
     owned: u32,
     /// Sealed segments with nothing alive and not kept, including those in `still_read`.
     dead: u32,
+    /// Sealed segments in which something lives.
+    occupied: u32,
     /// Segments that the cleaner could not empty, because of damage, and the blocks that live in them.
     stuck: (u32, u64),
 }
@@ -66,6 +68,10 @@ pub struct SegmentTable {
 impl Segment {
     fn is_owned(&self) -> bool {
         self.state != SegmentState::Foreign
+    }
+
+    fn is_occupied(&self) -> bool {
+        self.state == SegmentState::Sealed && self.live > 0
     }
 
     fn is_dead(&self) -> bool {
@@ -97,6 +103,7 @@ impl SegmentTable {
             live_total: 0,
             owned: 0,
             dead: 0,
+            occupied: 0,
             stuck: (0, 0),
         }
     }
@@ -177,6 +184,7 @@ impl SegmentTable {
         assert!(after.live <= self.layout.segment_blocks);
         self.owned = self.owned + u32::from(after.is_owned()) - u32::from(before.is_owned());
         self.dead = self.dead + u32::from(after.is_dead()) - u32::from(before.is_dead());
+        self.occupied = self.occupied + u32::from(after.is_occupied()) - u32::from(before.is_occupied());
         self.live_total = self.live_total + u64::from(after.live) - u64::from(before.live);
     }
 
@@ -372,6 +380,10 @@ impl SegmentTable {
     /// has its second turn. What lives in it must fit into `room_blocks`: a victim that cannot be emptied frees nothing.
     #[must_use]
     pub fn choose_victim(&self, now_number: u64, urgent: bool, room_blocks: u32) -> Option<SegmentIndex> {
+        if self.occupied == 0 {
+            // A lane without data is asked in every turn.
+            return None;
+        }
         let blocks = f64::from(self.layout.segment_blocks);
         let score = |segment: &Segment| {
             let live = f64::from(segment.live) / blocks;
@@ -381,14 +393,14 @@ impl SegmentTable {
             (1.0 - live) / (1.0 + live) * age.sqrt()
         };
         let candidates = self.segments.iter().enumerate().filter(|(_, segment)| {
-            segment.state == SegmentState::Sealed
-                && segment.live > 0
+            segment.is_occupied()
                 && segment.live < self.layout.usable_blocks()
                 && segment.live <= room_blocks
                 && segment.unapplied == 0
                 && (!segment.cleaned || urgent && segment.damaged)
         });
-        let best = candidates.max_by(|(_, a), (_, b)| score(a).total_cmp(&score(b)));
+        let scored = candidates.map(|(index, segment)| (index, score(segment)));
+        let best = scored.max_by(|(_, a), (_, b)| a.total_cmp(b));
         best.map(|(index, _)| SegmentIndex(u32::try_from(index).expect("segments fit 32 bits")))
     }
 
