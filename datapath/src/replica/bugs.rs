@@ -16,6 +16,8 @@ pub enum PlantedBug {
     HolesNotFilled,
     /// A replica that comes back does not tell what it has beyond what is in common.
     SurplusKept,
+    /// While the beginning of a fill is being stored, the log lets go of what the replica has beyond what is in common.
+    SurplusLetGo,
     /// All that a replica has counts as in common, whatever epochs have ended since.
     WrongCommonPoint,
     /// Once the removal of a member is proposed, changes are acknowledged without it.
@@ -40,12 +42,13 @@ pub enum PlantedBug {
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 15] = [
+    pub const ALL: [(PlantedBug, &'static str); 16] = [
         (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
         (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
         (PlantedBug::CopyWins, "copy-wins"),
         (PlantedBug::HolesNotFilled, "holes-not-filled"),
         (PlantedBug::SurplusKept, "surplus-kept"),
+        (PlantedBug::SurplusLetGo, "surplus-let-go"),
         (PlantedBug::WrongCommonPoint, "wrong-common-point"),
         (PlantedBug::AckBeforeRemoval, "ack-before-removal"),
         (PlantedBug::LeaseFromReceipt, "lease-from-receipt"),

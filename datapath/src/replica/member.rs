@@ -298,6 +298,14 @@ impl Member {
         matches!(&self.fill, Fill::Now(filling) if !filling.stored)
     }
 
+    /// Up to where the log need not be kept for the sake of others if this much is committed. What is not stored here may
+    /// still have to come from them. And while the beginning of a fill is being stored, what is on stable media is of the
+    /// order that is being left: should the fill be broken off, it is the log that tells what must be undone.
+    #[must_use]
+    pub fn may_let_go(&self, committed: u64) -> u64 {
+        if self.is_beginning_fill() { 0 } else { committed.min(self.durable) }
+    }
+
     /// What is owed to the head that fills this member.
     pub fn poll_fill(&mut self) -> Option<PeerMessage> {
         let epoch = self.promised;
@@ -479,7 +487,9 @@ mod tests {
             (None, None, None)
         );
         assert_eq!(member.handle(Moment(2), change(2, stamp(2, 4), 1)), Step::Append);
+        assert_eq!(member.may_let_go(3), 0, "the second change of epoch 1 may have to be undone");
         member.fill_stored(7);
+        assert_eq!((member.may_let_go(2), member.may_let_go(4)), (2, 3));
         assert_eq!(member.poll_fill(), Some(PeerMessage::Filling { epoch: 2, fill: 7 }));
         member.appended(4);
         assert_eq!(member.poll_ack(), Some(PeerMessage::Ack { epoch: 2, through: 4 }));

@@ -8,7 +8,7 @@
 //! broken one proves rot: then a readable descriptor is applied all the same (reads of the damaged blocks fail
 //! their checksums), and an unreadable one makes the pool refuse to start rather than lose acknowledged writes.
 
-use super::batch::{Descriptor, EntryKind, own_entries};
+use super::batch::{BatchHeader, Descriptor, EntryKind, own_entries};
 use super::bugs::{Bugs, PlantedBug};
 use super::checkpoint_body::{Body, VolumeRecord};
 use super::layout::{ANCHORS, Layout, LayoutError, Place, SegmentIndex};
@@ -16,7 +16,7 @@ use super::map::{FrameIndex, LEAF_BLOCKS, Map, Mapping, Presence};
 use super::root::{Cursor, LOGGED_STREAMS, PlaceRun, Root, choose_root, write_order};
 use super::segment::SegmentTable;
 use crate::checksum::crc32c;
-use crate::limits::VOLUME_BYTES_MAX;
+use crate::limits::{PIECE_BLOCKS_MAX, VOLUME_BYTES_MAX};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, BLOCK_BYTES_USIZE};
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -416,9 +416,7 @@ impl<'r, R: PoolReader> Walker<'r, R> {
         }
         let after = self.cursor.number;
         // Is there anything behind the break that says the missing batch had been flushed?
-        let tail = self.watermark_from(self.cursor.segment, self.cursor.block)?;
-        let next = self.watermark_from(self.cursor.next_segment, 0)?;
-        if tail.max(next) > after {
+        if self.watermark_behind()? > after {
             return Err(RecoveryError::FlushedBatchLost { lane: self.lane, after });
         }
         Ok(())
@@ -518,22 +516,55 @@ impl<'r, R: PoolReader> Walker<'r, R> {
         Err(RecoveryError::LogUnreadable { lane: self.lane, block: self.layout.place(segment, *bad).0 })
     }
 
-    /// The highest flushed watermark that a later batch of this stream and mount states.
-    fn watermark_from(&mut self, segment: SegmentIndex, block: u32) -> Result<u64, RecoveryError> {
+    /// The highest flushed watermark that a later batch of this stream and mount states. The first sync may have come long
+    /// after the batch that is missing: from segment to segment those that are there name the next one. Where a segment may
+    /// hold a single batch, nobody else might; such pools have few segments, and how each begins is looked at.
+    fn watermark_behind(&mut self) -> Result<u64, RecoveryError> {
+        let Cursor { segment, block, next_segment, .. } = self.cursor;
+        let segments = self.layout.segments_in(self.reader.len_bytes());
+        let mut seen = BTreeSet::from([segment, next_segment]);
+        let mut pending = vec![(segment, block), (next_segment, 0)];
+        let mut flushed = 0;
+        while let Some((segment, block)) = pending.pop() {
+            for header in self.later_batches(segment, block)? {
+                flushed = flushed.max(header.flushed);
+                let next = header.next_segment;
+                if next.0 < segments && seen.insert(next) {
+                    pending.push((next, 0));
+                }
+            }
+        }
+        let may_be_alone = self.layout.segment_blocks <= PIECE_BLOCKS_MAX + 1;
+        let others =
+            (0..segments).map(SegmentIndex).filter(|segment| may_be_alone && !seen.contains(segment));
+        let watermarks = others.filter_map(|segment| Some(self.first_batch(segment)?.flushed));
+        Ok(watermarks.chain([flushed]).max().unwrap_or(0))
+    }
+
+    /// What a segment begins with, if that is a batch behind the cursor's, chained to it or not.
+    fn first_batch(&mut self, segment: SegmentIndex) -> Option<BatchHeader> {
+        let mut block = [0; BLOCK_BYTES_USIZE];
+        let is_read = self.reader.read_at(self.layout.place(segment, 0).offset_bytes(), &mut block);
+        let header = Descriptor::decode(&block).filter(|_| is_read)?.header;
+        self.is_later(&header).then_some(header)
+    }
+
+    fn is_later(&self, header: &BatchHeader) -> bool {
+        let mine = u32::from(header.lane) == self.lane && header.stream == self.stream;
+        mine && header.mount == self.mount && header.number > self.cursor.number
+    }
+
+    /// What may be batches behind the cursor's, chained to it or not.
+    fn later_batches(
+        &mut self,
+        segment: SegmentIndex,
+        block: u32,
+    ) -> Result<Vec<BatchHeader>, RecoveryError> {
         self.load(segment);
         self.expect_readable(segment, block..self.layout.segment_blocks)?;
-        let (mount, stream, lane, after) = (self.mount, self.stream, self.lane, self.cursor.number);
         let blocks = self.bytes[(block * BLOCK_BYTES) as usize..].chunks_exact(BLOCK_BYTES_USIZE);
-        Ok(blocks
-            .filter_map(Descriptor::decode)
-            .map(|descriptor| descriptor.header)
-            .filter(|header| {
-                header.mount == mount && header.stream == stream && u32::from(header.lane) == lane
-            })
-            .filter(|header| header.number > after)
-            .map(|header| header.flushed)
-            .max()
-            .unwrap_or(0))
+        let headers = blocks.filter_map(Descriptor::decode).map(|descriptor| descriptor.header);
+        Ok(headers.filter(|header| self.is_later(header)).collect())
     }
 
     /// The batches that count: up to the first one with a torn payload, and no first half without its second.

@@ -203,15 +203,17 @@ impl Lane {
     /// emptied: it is refused rather than left to wait for ever. One that was numbered elsewhere cannot fail singly: it
     /// waits. So does one that lacks a buffer or a page while there are segments: somebody gives those back.
     pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
-        let lacks_segments = !self.can_advance(StreamKind::Client, EntryKind::Data);
-        let may_come = self.is_short || !lacks_segments;
-        if self.blocked[0].is_empty() || may_come || !self.cleaning_is_over() {
-            return;
-        }
-        let first = self.blocked[0].iter().position(|index| self.changes.get(*index).stamp.is_none());
-        if let Some(index) = first.and_then(|position| self.blocked[0].remove(position)) {
-            self.counters.refused_no_space += 1;
-            self.refuse_change(context, index, RequestError::NoSpace);
+        for (line, kind) in [(0, EntryKind::Data), (1, EntryKind::Trim)] {
+            let has_segments = self.can_advance(StreamKind::Client, kind);
+            let room_may_come = kind.has_payload() && self.is_short;
+            if self.blocked[line].is_empty() || has_segments || room_may_come || !self.cleaning_is_over() {
+                continue;
+            }
+            let first = self.blocked[line].iter().position(|index| self.changes.get(*index).stamp.is_none());
+            if let Some(index) = first.and_then(|position| self.blocked[line].remove(position)) {
+                self.counters.refused_no_space += 1;
+                self.refuse_change(context, index, RequestError::NoSpace);
+            }
         }
     }
 

@@ -493,6 +493,9 @@ impl World {
         if self.nodes[node].life.is_some() {
             self.report.turns += self.nodes[node].report_turns();
             self.report.no_space += self.nodes[node].report_no_space();
+            if self.nodes[node].feigns_damage() {
+                self.verifies.note_feigned(self.now_ns);
+            }
             self.clients_lose(node);
             self.links_lose(node, power_cut);
         }

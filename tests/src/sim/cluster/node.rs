@@ -29,7 +29,7 @@ const RECEIVE_BYTES: u32 = 64 << 10;
 const RECEIVE_BUFFERS: u16 = 16;
 const MILLION: u64 = 1_000_000;
 /// Two passes of a scrub are made in this time.
-const SCRUB_NS: u64 = 4_000_000_000;
+pub(super) const SCRUB_NS: u64 = 4_000_000_000;
 
 /// What a node is like, for good.
 #[derive(Clone, Debug)]

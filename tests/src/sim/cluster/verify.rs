@@ -10,6 +10,7 @@ use datapath::record::NodeId;
 use datapath::replica::check::{CheckReport, PassState, Purpose};
 use datapath::units::BLOCK_BYTES_USIZE;
 
+use super::node::SCRUB_NS;
 use super::{Happening, MILLISECOND_NS, SECOND_NS, Stage, World, index, number, position};
 use crate::sim::random::Random;
 use crate::sim::subject::StableReader;
@@ -37,6 +38,8 @@ pub(super) struct Verifies {
     open: BTreeMap<u64, Open>,
     /// When bits flipped last, by node.
     rotted_ns: Vec<u64>,
+    /// When a process last ended that had feigned damage.
+    feigned_ns: Option<u64>,
     /// When the last pass that ended well, by volume, had begun.
     clean_since_ns: Vec<Option<u64>>,
     random: Random,
@@ -48,9 +51,14 @@ impl Verifies {
             asked: 0,
             open: BTreeMap::new(),
             rotted_ns: vec![0; nodes],
+            feigned_ns: None,
             clean_since_ns: vec![None; volumes],
             random,
         }
+    }
+
+    pub(super) fn note_feigned(&mut self, now_ns: u64) {
+        self.feigned_ns = Some(now_ns);
     }
 
     pub(super) fn note_rot(&mut self, node: usize, now_ns: u64) {
@@ -99,10 +107,12 @@ impl World {
         );
         assert_eq!(report.differing_blocks, 0, "replicas differ: {report:#?}\n{}", self.describe());
         if report.unreadable_blocks > 0 {
-            let deserved = (0..self.nodes.len()).any(|node| {
-                let node = &self.nodes[node];
-                node.may_fail() || node.feigns_damage()
-            });
+            let began_ns = match report.purpose {
+                Purpose::Verify(verify) => self.verifies.open[&verify].since_ns,
+                Purpose::Scrub => self.now_ns.saturating_sub(2 * SCRUB_NS),
+            };
+            let deserved = self.verifies.feigned_ns.is_some_and(|ended_ns| ended_ns >= began_ns)
+                || self.nodes.iter().any(|node| node.may_fail() || node.feigns_damage());
             assert!(deserved, "no disk has given cause: {report:#?}\n{}", self.describe());
         }
         let since_ns = match report.purpose {

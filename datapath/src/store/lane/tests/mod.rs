@@ -8,6 +8,7 @@ mod fill;
 mod order;
 mod promise;
 mod repair;
+mod rot;
 mod space;
 
 use super::{AckPolicy, BlockRange, Context, FetchOutcome, Lane, LaneConfig, Payload, PoolShare};
