@@ -214,7 +214,7 @@ pub enum Effect {
         /// Where to put them.
         memory: MemoryRange,
     },
-    /// Tell when the client has closed its side. Asked for once per connection at most, for while nothing is received.
+    /// Tell when the client has closed its side, whatever else is under way. Asked for once per connection at most.
     WatchHangUp {
         /// Whose.
         connection: ConnectionId,

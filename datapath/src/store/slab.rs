@@ -62,6 +62,11 @@ impl<T> Slab<T> {
         (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
     }
 
+    /// The same, to change them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut T)> {
+        (0..).zip(&mut self.slots).filter_map(|(index, slot)| Some((index, slot.as_mut()?)))
+    }
+
     /// How many values are kept.
     #[must_use]
     pub fn len(&self) -> usize {

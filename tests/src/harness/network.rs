@@ -199,6 +199,7 @@ fn nft(words: &str) {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "the kernel's network runs in real time")]
 mod tests {
     use super::*;
     use std::process::Output;

@@ -18,6 +18,7 @@ pub mod client;
 pub mod clock;
 pub mod cluster;
 pub mod disk;
+pub mod doubts;
 pub mod driver;
 pub mod memory;
 pub mod network;

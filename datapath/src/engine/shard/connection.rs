@@ -1,6 +1,7 @@
 //! Connections: from accept to close, and the bytes in between.
 
 use super::Shard;
+use super::fence::Fence;
 use super::input::Input;
 use super::moving::Move;
 use super::neighbours::ExportPlace;
@@ -44,8 +45,10 @@ pub(super) struct Connection {
     /// The driver was asked to tell when the client closes its side.
     pub(super) watched: bool,
     /// The driver told that the client has closed its side.
-    hung_up: bool,
-    accepted_at: Moment,
+    pub(super) hung_up: bool,
+    /// When this process took it in.
+    pub(super) accepted_at: Moment,
+    pub(super) fence: Fence,
     pub(super) has_spoken: bool,
     /// It is to go to another shard.
     pub(super) moving: Option<Move>,
@@ -109,6 +112,7 @@ impl<M: Memory> Shard<M> {
             watched: false,
             hung_up: false,
             accepted_at: self.now,
+            fence: Fence::Passed,
             has_spoken: false,
             moving: None,
             output: Output::new(memory),
@@ -149,11 +153,14 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    /// The client has closed its side. If there are bytes of it that wait for their turn, they wait on: they may end in
-    /// a proper goodbye.
+    /// The client has closed its side. If there are bytes of it that wait for their turn, they wait on, until somebody else
+    /// wants something: they may end in a proper goodbye.
     pub(super) fn hung_up(&mut self, id: ConnectionId) {
         if let Some(connection) = self.connections[id.0 as usize].as_deref_mut() {
             connection.hung_up = true;
+            if let Some(export) = connection.export {
+                self.served[export.0 as usize].somebody_left = true;
+            }
         }
     }
 
@@ -275,8 +282,9 @@ impl<M: Memory> Shard<M> {
                 self.finish(id);
                 return false;
             }
+            let is_on_its_way = connection.fence != Fence::Passed;
             if let Some(export) = connection.export
-                && !(opened && self.is_led_here(export.0 as usize))
+                && (is_on_its_way || !(opened && self.is_led_here(export.0 as usize)))
             {
                 return false;
             }
@@ -327,7 +335,8 @@ impl<M: Memory> Shard<M> {
                 ExportPlace::Here(served) => {
                     connection.export = Some(ExportIndex(served));
                     self.served[served as usize].connections += 1;
-                    self.opened && self.is_led_here(served as usize)
+                    self.begin_fence(id);
+                    false
                 }
             },
             Step::Request(request) => {
@@ -394,7 +403,7 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    /// Closes at once. What was taken is finished, but nobody will be told.
+    /// Closes at once. What was begun is finished, but nobody will be told.
     pub(super) fn close(&mut self, id: ConnectionId) {
         let Some(connection) = self.living(id) else { return };
         connection.ending = Ending::Closing;
@@ -403,6 +412,7 @@ impl<M: Memory> Shard<M> {
         connection.bytes_under_way -= freed;
         dropped.into_iter().for_each(|pages| self.pages.release(pages));
         self.drop_input(id);
+        self.abandon_changes(id);
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("looked at above");
         if !connection.receiving {
             self.drop_payload(id);

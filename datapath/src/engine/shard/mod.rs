@@ -5,9 +5,10 @@
 //! ```
 //!
 //! A task is one request of a client. It is worked on in pieces of at most 1 MiB, and every piece is known to its lane
-//! by its number here. Tasks outlive their connection: a write that was taken is finished though nobody hears of it.
+//! by its number here. Tasks may outlive their connection: what was begun of a write is finished though nobody hears of it.
 
 mod connection;
+mod fence;
 mod input;
 mod lending;
 mod moving;
@@ -71,6 +72,12 @@ struct Served {
     /// How often this node has ceased to lead it. What was asked of an earlier head is not done by a later one: what it
     /// had read of the volume may have been overwritten elsewhere meanwhile.
     terms: u64,
+    /// Counts connections that were closed amid their changes.
+    deaths: u64,
+    /// A client of a connection that is not closed has hung up.
+    somebody_left: bool,
+    /// When the youngest connection that is served, or was, had been accepted.
+    newest_served: Option<Moment>,
 }
 
 impl Served {
@@ -83,6 +90,9 @@ impl Served {
             connections: 0,
             replica: None,
             terms: 0,
+            deaths: 0,
+            somebody_left: false,
+            newest_served: None,
         }
     }
 }
@@ -111,6 +121,10 @@ pub struct Shard<M> {
     effects: VecDeque<Effect>,
     /// Connections to look at again in this turn.
     ready: VecDeque<ConnectionId>,
+    /// Connections that have chosen a volume and are not served yet.
+    arriving: Vec<ConnectionId>,
+    /// Counts turns.
+    turns: u64,
     /// Connections that wait for a limit.
     stalled: VecDeque<ConnectionId>,
     /// Tasks that wait for memory, or for their next turn.
@@ -224,6 +238,8 @@ impl<M: Memory> Shard<M> {
             pieces: Slab::default(),
             effects: VecDeque::new(),
             ready: VecDeque::new(),
+            arriving: Vec::new(),
+            turns: 0,
             stalled: VecDeque::new(),
             waiting_tasks: VecDeque::new(),
             to_send: Vec::new(),
@@ -267,6 +283,7 @@ impl<M: Memory> Shard<M> {
         for _ in 0..ROUNDS_PER_TURN_MAX {
             self.progress = false;
             self.open_when_ready();
+            self.pass_fences();
             self.resume();
             self.upkeep_replication();
             for lane in 0..self.lanes.len() {
@@ -489,6 +506,7 @@ impl<M: Memory> Engine for Shard<M> {
         self.start_syncs();
         self.start_sends();
         self.finish_last();
+        self.turns += 1;
     }
 
     fn poll_effect(&mut self) -> Option<Effect> {
@@ -506,6 +524,7 @@ impl<M: Memory> Engine for Shard<M> {
     fn poll_timeout(&self) -> Option<Moment> {
         let busy = !self.settled_turn
             || !self.ready.is_empty()
+            || self.is_watching_somebody()
             || !self.neighbours.told_finished()
                 && self.lanes.iter().any(|shard_lane| shard_lane.lane.wants_turn());
         if busy {

@@ -18,11 +18,13 @@ use crate::engine::shard_message::ShardIndex;
 use crate::memory::Memory;
 use crate::request::ExportIndex;
 use crate::session::nbd::Session;
+use crate::units::Moment;
 
 /// A connection on its way.
 #[derive(Debug)]
 pub struct MovedConnection {
     peer: PeerAddress,
+    accepted_at: Moment,
     session: Session,
     export: ExportIndex,
     /// Received and not parsed.
@@ -61,15 +63,15 @@ impl<M: Memory> Shard<M> {
         let connection = self.connections[id.0 as usize].take().expect("a living connection");
         self.connection_pages -= SEND_PAGES;
         self.pages.release(connection.output.send_memory());
-        let Connection { peer, session, .. } = *connection;
-        let moved = Box::new(MovedConnection { peer, session, export, input, output });
+        let Connection { peer, accepted_at, session, .. } = *connection;
+        let moved = Box::new(MovedConnection { peer, accepted_at, session, export, input, output });
         self.neighbours.connections_elsewhere.insert(id);
         self.effects.push_back(Effect::HandOver { connection: id, to, moved });
     }
 
     /// A connection comes from another shard.
     pub(super) fn adopt(&mut self, id: ConnectionId, moved: MovedConnection) {
-        let MovedConnection { peer, session, export, input, output } = moved;
+        let MovedConnection { peer, accepted_at, session, export, input, output } = moved;
         let ExportPlace::Here(served) = self.export_places[export.0 as usize] else {
             panic!("{id:?} came to a shard that is not the home of {export:?}")
         };
@@ -80,14 +82,14 @@ impl<M: Memory> Shard<M> {
         self.served[served as usize].connections += 1;
         let connection = self.connections[id.0 as usize].as_deref_mut().expect("just opened");
         connection.export = Some(ExportIndex(served));
-        connection.has_spoken = true;
+        (connection.has_spoken, connection.accepted_at) = (true, accepted_at);
         connection.output.append(|out| out.extend_from_slice(&output));
         if !input.is_empty() {
             self.parked_bytes += input.len() as u64;
             connection.input = Some(Input::Parked { bytes: input, position: 0 });
         }
         self.to_send.push(id);
-        self.ready.push_back(id);
+        self.begin_fence(id);
         if self.draining {
             self.connections[id.0 as usize].as_deref_mut().expect("just opened").session.begin_shutdown();
             self.finish(id);

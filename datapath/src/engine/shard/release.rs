@@ -75,6 +75,10 @@ impl<M: Memory> Shard<M> {
     /// The range is locked.
     pub(super) fn start_release(&mut self, piece: u32, claim: RegionClaim) {
         let task = self.pieces.get(piece).task;
+        if let Some(error) = self.tasks.get(task).error {
+            // While it waited for the lock the request has failed.
+            return self.finish_later(piece, Err(error));
+        }
         let (why, durable) = match self.tasks.get(task).request.operation {
             Operation::Trim { durable } => (Release::Trim, durable),
             Operation::WriteZeroes { durable, .. } => (Release::Zero, durable),

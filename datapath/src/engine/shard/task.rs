@@ -39,6 +39,8 @@ pub(super) struct Task {
     pub(super) waiting: bool,
     /// The whole reply is in the connection's output already.
     pub(super) answered: bool,
+    /// Its connection is gone: which of the volume's deaths that was.
+    pub(super) died: Option<u64>,
 }
 
 /// A part of a read.
@@ -69,8 +71,10 @@ pub(super) struct Piece {
 impl<M: Memory> Shard<M> {
     /// A request has been parsed.
     pub(super) fn begin_request(&mut self, id: ConnectionId, request: Request) {
-        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
+        let connection = self.connections[id.0 as usize].as_deref().expect("a living connection");
         let export = connection.export.expect("requests follow the choice of an export").0;
+        self.close_those_who_left(export, id);
+        let connection = self.connections[id.0 as usize].as_deref_mut().expect("a living connection");
         connection.requests_under_way += 1;
         let generation = connection.generation;
         self.served[export as usize].requests_under_way += 1;
@@ -89,6 +93,7 @@ impl<M: Memory> Shard<M> {
             extents: Vec::new(),
             waiting: false,
             answered: false,
+            died: None,
         });
         match request.operation {
             Operation::Write { .. } => self.begin_payload(id, task),
@@ -231,6 +236,8 @@ impl<M: Memory> Shard<M> {
             self.drop_gathered(task);
         }
         let ended = self.tasks.remove(task);
+        // Somebody may wait for that.
+        self.progress |= ended.died.is_some();
         self.served[ended.export as usize].requests_under_way -= 1;
         self.count_operation(&ended);
         let connection = self.connections[ended.connection.0 as usize].as_deref_mut();

@@ -114,6 +114,12 @@ impl<M: Memory> Shard<M> {
         let PieceKind::Write(write) = self.pieces.get(piece).kind else {
             unreachable!("a write holds the lock")
         };
+        if let Some(error) = self.tasks.get(self.pieces.get(piece).task).error {
+            // While it waited for the lock the request has failed.
+            self.pages.release(write.memory);
+            self.set_stage(piece, Stage::Writing);
+            return self.finish_later(piece, Err(error));
+        }
         let (front, back) = write.cut_edges();
         let one_block = write.count == 1;
         let mut edges = Vec::with_capacity(2);

@@ -41,6 +41,8 @@ pub(super) struct Change {
     /// It stands among those that wait for space.
     pub(super) is_blocked: bool,
     waited_for_space: bool,
+    /// Nobody wants it any more.
+    is_cancelled: bool,
 }
 
 impl Change {
@@ -64,6 +66,7 @@ impl Change {
             leaf_is_damaged: false,
             is_blocked: false,
             waited_for_space: false,
+            is_cancelled: false,
         }
     }
 
@@ -152,6 +155,21 @@ impl Lane {
         self.try_change(context, index);
     }
 
+    /// Nobody wants this change any more: if it is in no batch yet, it is answered with [`RequestError::ShuttingDown`] and never
+    /// will be. One that somebody else has numbered must go on.
+    pub fn cancel<M: Memory>(&mut self, context: &mut Context<'_, M>, cookie: u32) {
+        let is_it = |change: &Change| change.cookie == Some(cookie) && change.stamp.is_none();
+        let found = self.changes.iter().find(|(_, change)| is_it(change));
+        let Some((index, line)) = found.map(|(index, change)| (index, change.line())) else { return };
+        if let Some(position) = self.blocked[line].iter().position(|blocked| *blocked == index) {
+            self.blocked[line].remove(position);
+            self.refuse_change(context, index, RequestError::ShuttingDown);
+        } else {
+            // It waits for a leaf.
+            self.changes.get_mut(index).is_cancelled = true;
+        }
+    }
+
     /// Takes a change as far as it can go now. Called again when a leaf has come, or space.
     pub(super) fn try_change<M: Memory>(&mut self, context: &mut Context<'_, M>, index: u32) {
         let change = self.changes.get(index);
@@ -237,6 +255,9 @@ impl Lane {
         let (kind, range, stamp) = (change.kind, change.range, change.stamp);
         if change.leaves_coming > 0 {
             return Verdict::WaitForLeaf;
+        }
+        if change.is_cancelled {
+            return Verdict::Refused(RequestError::ShuttingDown);
         }
         if self.failed || change.leaf_is_damaged || stamp.is_some() && self.order_is_broken(range.volume) {
             return Verdict::Refused(RequestError::Io);

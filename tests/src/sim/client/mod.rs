@@ -307,14 +307,18 @@ impl Client {
         self.turned_away
     }
 
-    /// The connection is gone: what was asked will never be answered.
-    pub fn leave(&mut self, oracle: &mut Oracle) {
+    /// The connection is gone: what was asked will never be answered. Returns the changes among that.
+    pub fn leave(&mut self, oracle: &mut Oracle) -> Vec<ChangeId> {
         self.phase = Phase::Gone;
+        let mut changes = Vec::new();
         for pending in self.pending.drain(..) {
-            if let Model::Read { start, .. } | Model::Status { start, .. } = pending.model {
-                oracle.abandon_read(start);
+            match pending.model {
+                Model::Read { start, .. } | Model::Status { start, .. } => oracle.abandon_read(start),
+                Model::Change(change) => changes.push(change),
+                _ => {}
             }
         }
+        changes
     }
 
     /// Replaces what this connection did not negotiate.

@@ -5,6 +5,7 @@ use datapath::units::Moment;
 
 use super::{Happening, MILLISECOND_NS, SECOND_NS, Stage, World, id, index};
 use crate::sim::client::{Client, ClientCounts, ClientPlan, Tolerance};
+use crate::sim::doubts::Came;
 use crate::sim::trace;
 use crate::sim::workload::{Ask, AskKind, Workload};
 
@@ -37,6 +38,7 @@ struct Connected {
     node: usize,
     connection: ConnectionId,
     since_ns: u64,
+    came: Came,
     patience_ns: u64,
 }
 
@@ -193,11 +195,13 @@ impl World {
         let calm = self.stage != Stage::Working;
         let patience_ns =
             if calm { CALM_PATIENCE_NS } else { self.random.range(SECOND_NS..=self.swarm.patience_ns_max) };
+        let came = self.volumes[volume].doubts.come();
         self.sessions[session].connected = Some(Connected {
             client: Client::new(self.clients_made, crate::to_u32(volume), plan),
             node,
             connection,
             since_ns: self.now_ns,
+            came,
             patience_ns,
         });
     }
@@ -264,6 +268,10 @@ impl World {
         let driver = self.nodes[node].at(self.now_ns).expect("it was stepped");
         at.client.handle_input(Moment(self.now_ns), driver.client_input(connection), oracle, tolerance);
         let answers = at.client.counts.answers - before;
+        if answers > 0 {
+            let state = &mut self.volumes[*volume];
+            state.doubts.settle(at.came, &mut state.oracle);
+        }
         let is_over = driver.is_at_end_for_client(connection);
         let free = at.client.free_depth();
         self.answers += answers;
@@ -314,7 +322,8 @@ impl World {
     /// What it asked and did not hear of may take effect later, or never.
     fn forget_client(&mut self, session: usize, mut at: Connected) {
         let Session { role, volume, .. } = &mut self.sessions[session];
-        at.client.leave(&mut self.volumes[*volume].oracle);
+        let state = &mut self.volumes[*volume];
+        state.doubts.go(at.client.leave(&mut state.oracle));
         if let Role::Verifier(next) = role {
             *next = 0;
         }

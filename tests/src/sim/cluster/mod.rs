@@ -39,6 +39,7 @@ use self::records::Records;
 use self::verify::Verifies;
 use super::client::ClientCounts;
 use super::clock::Agenda;
+use super::doubts::Doubts;
 use super::driver::Notice;
 use super::oracle::{Crash, Oracle, Promises};
 use super::random::Random;
@@ -238,6 +239,7 @@ struct Volume {
     name: String,
     size_bytes: u64,
     oracle: Oracle,
+    doubts: Doubts,
     /// Where clients go by themselves.
     home: usize,
     /// Until then nobody changes it.
@@ -329,7 +331,8 @@ impl World {
             let promises = Promises { durable_acks: true, atomic_window_bytes: u64::from(PIECE_BYTES_MAX) };
             let size_bytes = size_blocks * BLOCK_BYTES_U64;
             let oracle = Oracle::new(crate::to_u32(volume), size_bytes, promises);
-            volumes.push(Volume { name, size_bytes, oracle, home: index(replicas[0]), rests_until_ns: 0 });
+            let (doubts, home) = (Doubts::default(), index(replicas[0]));
+            volumes.push(Volume { name, size_bytes, oracle, doubts, home, rests_until_ns: 0 });
             records.push(record);
         }
         World {

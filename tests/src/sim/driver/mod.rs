@@ -38,7 +38,6 @@ enum Happening {
     Depart(ConnectionId),
     Deliver(ConnectionId),
     ResumeReading(ConnectionId),
-    HangUp(ConnectionId),
     Closed(ConnectionId),
     Planned(Plan),
 }
@@ -222,22 +221,16 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         connection.pipe.client_leaves(&mut self.random);
         connection.client_gone = true;
         connection.client_left = true;
-        self.plan_hang_up(id);
+        self.tell_hang_up(id);
         self.plan_arrival(id);
         self.plan_departure(id);
         self.forget_if_gone(id);
     }
 
-    fn plan_hang_up(&mut self, id: ConnectionId) {
-        if self.connections[id.0 as usize].as_ref().is_some_and(|open| open.watched && open.client_left) {
-            let delay = self.random.range(1_000..=50_000);
-            self.agenda.after_ns(delay, Happening::HangUp(id));
-        }
-    }
-
-    fn hang_up(&mut self, id: ConnectionId) {
+    /// The kernel knows at once that a client has closed its side, whatever of its bytes is still to be read: whoever is
+    /// told in one turn of this and of another client that came later may be told in any order, but not in a later turn.
+    fn tell_hang_up(&mut self, id: ConnectionId) {
         let open = self.connections[id.0 as usize].as_ref();
-        // It may have been closed meanwhile, and its place be another's.
         if open
             .is_some_and(|open| open.watched && open.client_left && !open.closed && !open.pipe.is_closing())
         {
@@ -337,7 +330,6 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                     self.plan_delivery(id);
                 }
             }
-            Happening::HangUp(id) => self.hang_up(id),
             Happening::Closed(id) => self.finish_close(id),
             Happening::Planned(plan) => return Notice::Planned(plan),
         }
@@ -404,7 +396,7 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
                 let watched = &mut self.open_connection(thread, connection).watched;
                 assert!(!*watched, "a second watch on {connection:?}");
                 *watched = true;
-                self.plan_hang_up(connection);
+                self.tell_hang_up(connection);
             }
             Effect::Recycle { buffer } => self.recycle(thread, buffer),
             Effect::Send { connection } => self.start_send(thread, connection),

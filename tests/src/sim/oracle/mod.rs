@@ -249,6 +249,16 @@ impl Oracle {
         }
     }
 
+    /// Nobody will hear of a change any more, and from now on it has taken effect or never will, sector by sector.
+    pub fn close_change(&mut self, id: ChangeId) {
+        let now = self.tick();
+        if let Some(position) = self.open.iter().position(|open| *open == id.0) {
+            self.open.swap_remove(position);
+            let change = &mut self.changes[id.0 as usize];
+            (change.closed, change.atomic) = (now, false);
+        }
+    }
+
     /// A client sends a flush.
     pub fn begin_flush(&mut self) -> Start {
         Start(self.tick())

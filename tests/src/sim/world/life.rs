@@ -6,6 +6,7 @@ use datapath::units::Moment;
 use super::{Subject, World};
 use crate::sim::client::{Client, ClientCounts, ClientPlan, Tolerance};
 use crate::sim::disk::Disk;
+use crate::sim::doubts::{Came, Doubts};
 use crate::sim::driver::{Driver, Notice, Plan};
 use crate::sim::oracle::Oracle;
 use crate::sim::random::Random;
@@ -106,6 +107,7 @@ struct Session {
     volume: usize,
     client: Option<(Client, ConnectionId)>,
     connected_at: Moment,
+    came: Came,
     /// It stopped reading for a while, so the server may lose patience.
     was_paused: bool,
     think_planned: bool,
@@ -115,6 +117,8 @@ pub(super) struct Life<'w, 'a, S: Subject> {
     world: &'w mut World<'a, S>,
     driver: Driver<S::Engine>,
     sessions: Vec<Session>,
+    /// By volume.
+    doubts: Vec<Doubts>,
     ending: Ending,
     stage: Stage,
     /// Workers wait until everything was read back.
@@ -142,9 +146,11 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     ) -> Life<'w, 'a, S> {
         let (errors_at_start, rotten) = (disk.counts.errors, disk.is_rotten());
         let driver = Driver::new(engines, disk, now, plan, random.fork("driver", 0));
+        let doubts = world.setup.volumes.iter().map(|_| Doubts::default()).collect();
         Life {
             driver,
             sessions: Vec::new(),
+            doubts,
             ending,
             stage: Stage::Verifying,
             verify_first: random.percent(50),
@@ -290,6 +296,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             volume,
             client: None,
             connected_at: self.driver.now(),
+            came: Came::default(),
             was_paused: false,
             think_planned: false,
         });
@@ -364,6 +371,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         self.next_client += 1;
         session.client = Some((client, id));
         session.connected_at = self.driver.now();
+        session.came = self.doubts[session.volume].come();
         session.was_paused = false;
     }
 
@@ -416,9 +424,15 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     }
 
     fn close_client(&mut self, index: usize, mut client: Client, id: ConnectionId) {
-        client.leave(&mut self.world.oracles[self.sessions[index].volume]);
-        add_counts(&mut self.world.report.clients, &client.counts);
+        self.forget_client(index, &mut client);
         self.driver.client_leaves(id);
+    }
+
+    /// What it asked and did not hear of is in doubt.
+    fn forget_client(&mut self, index: usize, client: &mut Client) {
+        let volume = self.sessions[index].volume;
+        self.doubts[volume].go(client.leave(&mut self.world.oracles[volume]));
+        add_counts(&mut self.world.report.clients, &client.counts);
     }
 
     fn handle_readable(&mut self, id: ConnectionId) {
@@ -438,6 +452,10 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
         let oracle = &mut self.world.oracles[session.volume];
         client.handle_input(now, self.driver.client_input(id), oracle, tolerance);
         let answers = client.counts.answers - before;
+        // What a failed device did with a change is known only after a crash and recovery.
+        if answers > 0 && self.driver.disk.counts.errors == self.errors_at_start {
+            self.doubts[session.volume].settle(session.came, oracle);
+        }
         if matches!(session.role, Role::Worker(_)) {
             self.answers += answers;
         }
@@ -488,8 +506,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
             self.describe()
         );
         let (mut client, id) = self.sessions[index].client.take().expect("connected");
-        client.leave(&mut self.world.oracles[self.sessions[index].volume]);
-        add_counts(&mut self.world.report.clients, &client.counts);
+        self.forget_client(index, &mut client);
         self.driver.forget(id);
         if let Role::Verifier(next) = &mut self.sessions[index].role {
             *next = 0;
@@ -558,7 +575,7 @@ impl<'w, 'a, S: Subject> Life<'w, 'a, S> {
     fn leave_all(&mut self) {
         for session in &mut self.sessions {
             if let Some((mut client, _)) = session.client.take() {
-                client.leave(&mut self.world.oracles[session.volume]);
+                let _ = client.leave(&mut self.world.oracles[session.volume]);
                 add_counts(&mut self.world.report.clients, &client.counts);
             }
         }

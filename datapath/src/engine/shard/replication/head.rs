@@ -67,7 +67,7 @@ impl<M: Memory> Shard<M> {
     }
 
     /// Ends a piece, but not within the call that began it.
-    pub(super) fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
+    pub(in crate::engine::shard) fn finish_later(&mut self, piece: u32, result: Result<(), RequestError>) {
         self.progress = true;
         self.ended_pieces.push_back(Completion {
             cookie: piece,
