@@ -16,8 +16,6 @@ pub enum PlantedBug {
     HolesNotFilled,
     /// A replica that comes back does not tell what it has beyond what is in common.
     SurplusKept,
-    /// While the beginning of a fill is being stored, the log lets go of what the replica has beyond what is in common.
-    SurplusLetGo,
     /// All that a replica has counts as in common, whatever epochs have ended since.
     WrongCommonPoint,
     /// Once the removal of a member is proposed, changes are acknowledged without it.
@@ -38,17 +36,22 @@ pub enum PlantedBug {
     MendOverNewer,
     /// Replicas are compared although the blocks were changed meanwhile.
     CompareWhileChanging,
+    /// A head sees whether it may still read by what the clock showed some turns ago.
+    StaleClock,
+    /// The head's own log is searched for what a replica lacks before it is known from where on that is sent all changes.
+    SourceTooEarly,
+    /// What was asked over a connection that is gone is done whenever its turn comes.
+    OldBytesLast,
 }
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 16] = [
+    pub const ALL: [(PlantedBug, &'static str); 18] = [
         (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
         (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
         (PlantedBug::CopyWins, "copy-wins"),
         (PlantedBug::HolesNotFilled, "holes-not-filled"),
         (PlantedBug::SurplusKept, "surplus-kept"),
-        (PlantedBug::SurplusLetGo, "surplus-let-go"),
         (PlantedBug::WrongCommonPoint, "wrong-common-point"),
         (PlantedBug::AckBeforeRemoval, "ack-before-removal"),
         (PlantedBug::LeaseFromReceipt, "lease-from-receipt"),
@@ -59,6 +62,9 @@ impl PlantedBug {
         (PlantedBug::RepairOverNewer, "repair-over-newer"),
         (PlantedBug::MendOverNewer, "mend-over-newer"),
         (PlantedBug::CompareWhileChanging, "compare-while-changing"),
+        (PlantedBug::StaleClock, "stale-clock"),
+        (PlantedBug::SourceTooEarly, "source-too-early"),
+        (PlantedBug::OldBytesLast, "old-bytes-last"),
     ];
 }
 

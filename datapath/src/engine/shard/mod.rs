@@ -165,6 +165,8 @@ pub struct Shard<M> {
 
 /// One in so many pages is for connections: requests leave these alone, and connections take no more.
 const CONNECTION_PAGES_SHARE: u32 = 4;
+/// A planted bug looks at the clock so seldom.
+const STALE_TURNS: u64 = 256;
 /// Rounds of lanes and waiting requests in one turn, before the driver's events are looked at again.
 const ROUNDS_PER_TURN_MAX: u32 = 4;
 
@@ -507,6 +509,9 @@ impl<M: Memory> Engine for Shard<M> {
         self.start_sends();
         self.finish_last();
         self.turns += 1;
+        if self.turns.is_multiple_of(STALE_TURNS) {
+            self.replication.stale_clock = now;
+        }
     }
 
     fn poll_effect(&mut self) -> Option<Effect> {

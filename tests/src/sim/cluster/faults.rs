@@ -297,18 +297,40 @@ impl World {
         }
     }
 
+    /// A head stands still for longer than it may read, and does not hear at once what became of the volume meanwhile.
+    fn stand_still(&mut self, volume: usize, node: usize, delay_ns: u64) {
+        let late = self.random.percent(50);
+        let Some(driver) = self.nodes[node].at(self.now_ns) else { return };
+        driver.pause(delay_ns, late);
+        self.report.pauses += 1;
+        let store = self.nodes.len();
+        for (from, to) in [(node, store), (store, node)] {
+            self.blocks.set(from, to, true);
+            self.after(delay_ns + SECOND_NS, Happening::Undo(Fault::Block { from, to }));
+        }
+        self.ask_another_node(volume, node);
+    }
+
     pub(super) fn cut_off(&mut self, volume: usize, node: usize) {
         if self.stage != Stage::Working {
             return;
         }
-        self.report.network_faults += 1;
         let delay = self.random.range(SECOND_NS..=7 * SECOND_NS);
+        if self.options.stalls {
+            return self.stand_still(volume, node, delay);
+        }
+        self.report.network_faults += 1;
         for other in (0..=self.nodes.len()).filter(|other| *other != node) {
             for (from, to) in [(node, other), (other, node)] {
                 self.blocks.set(from, to, true);
                 self.after(delay, Happening::Undo(Fault::Block { from, to }));
             }
         }
+        self.ask_another_node(volume, node);
+    }
+
+    /// Those who write to the volume go to another node in sync, whatever that remembers.
+    fn ask_another_node(&mut self, volume: usize, node: usize) {
         let others: Vec<usize> = self
             .records
             .get(volume)

@@ -70,6 +70,8 @@ pub struct ClusterOptions {
     pub full: bool,
     /// All that goes wrong is that heads are cut off, from few blocks that everybody uses.
     pub splits: bool,
+    /// And that is because they stand still.
+    pub stalls: bool,
     /// Blocks of one node rot, and nobody makes them good but the nodes themselves.
     pub rot: bool,
 }
@@ -80,12 +82,13 @@ const PLAIN: ClusterOptions = ClusterOptions {
     disks: false,
     full: false,
     splits: false,
+    stalls: false,
     rot: false,
     bugs: Bugs::none(),
 };
 
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 6] = [
+const SCENARIOS: [(&str, ClusterOptions); 7] = [
     ("peace", ClusterOptions { peace: true, ..PLAIN }),
     // Writes, syncs and reads that fail, flipped bits, and disks that are empty all at once.
     ("disks", ClusterOptions { disks: true, ..PLAIN }),
@@ -95,6 +98,8 @@ const SCENARIOS: [(&str, ClusterOptions); 6] = [
     ("full", ClusterOptions { full: true, ..PLAIN }),
     // A head that is cut off goes on to read for as long as it may, and not longer.
     ("splits", ClusterOptions { splits: true, ..PLAIN }),
+    // A head that stands still goes by what the clock shows when it wakes up.
+    ("stalls", ClusterOptions { splits: true, stalls: true, ..PLAIN }),
     // Heads on all nodes take the volume from each other as fast as they can.
     ("fights", ClusterOptions { fights: true, ..PLAIN }),
 ];

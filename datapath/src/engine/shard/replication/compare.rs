@@ -52,9 +52,12 @@ pub(super) struct Comparing {
 
 impl<M: Memory> Shard<M> {
     /// A replica is asked what it has beyond what is in common.
-    pub(super) fn expect_surplus(&mut self, index: usize, fill: u64) {
+    pub(super) fn expect_surplus(&mut self, index: usize, fill: u64, base: Stamp) {
         let source = Source { fill, lacking: BlockSet::default(), search: Search::NotBegun };
         self.replication.replicas[index].source = Some(Box::new(source));
+        if self.replication.bugs.has(PlantedBug::SourceTooEarly) {
+            self.search_own_log(index, fill, base);
+        }
     }
 
     /// It has these blocks.
@@ -84,14 +87,19 @@ impl<M: Memory> Shard<M> {
             Search::UnderWay => return false,
             Search::NotBegun => {}
         }
-        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return false };
-        self.source_of(index, wish.fill).expect("just seen").search = Search::UnderWay;
-        let cookie = self.begin_work(Work::FindChanged { replica: index, fill: wish.fill, memory });
+        self.search_own_log(index, wish.fill, wish.base);
+        false
+    }
+
+    /// Begins the search for what was changed here after what is in common. Without memory it is asked for again.
+    fn search_own_log(&mut self, index: usize, fill: u64, base: Stamp) {
+        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return };
+        self.source_of(index, fill).expect("it was asked for").search = Search::UnderWay;
+        let cookie = self.begin_work(Work::FindChanged { replica: index, fill, memory });
         let served = &self.served[self.replication.replicas[index].served];
-        let (lane, volume, after) = (served.lane, served.volume, wish.base.sequence);
+        let (lane, volume, after) = (served.lane, served.volume, base.sequence);
         self.with_lane(lane, |lane, _| lane.find_changed(cookie, volume, after, Extent::All, memory));
         self.progress = true;
-        false
     }
 
     /// A lane has looked through its log.

@@ -97,7 +97,7 @@ impl<M: Memory> Shard<M> {
                     self.send_change(index, member, epoch, change);
                 }
                 HeadEffect::Compare { member, epoch, fill, base } => {
-                    self.expect_surplus(index, fill);
+                    self.expect_surplus(index, fill, base);
                     self.ask_member(index, member, PeerMessage::Compare { epoch, fill, base });
                 }
                 HeadEffect::Fill { member, epoch, fill, after } => {

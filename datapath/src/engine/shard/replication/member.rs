@@ -149,8 +149,7 @@ impl<M: Memory> Shard<M> {
         let replica = &self.replication.replicas[index];
         let Some(member) = &replica.member else { return };
         let served = &self.served[replica.served];
-        let is_early = self.replication.bugs.has(PlantedBug::SurplusLetGo);
-        let through = if is_early { committed.min(member.durable()) } else { member.may_let_go(committed) };
+        let through = member.may_let_go(committed);
         let volume = served.volume;
         self.lanes[served.lane].lane.note_committed(volume, through);
     }

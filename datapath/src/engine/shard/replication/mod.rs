@@ -142,7 +142,7 @@ enum Work {
 #[derive(Debug)]
 pub(super) struct Replication {
     node: Option<NodeConfig>,
-    bugs: Bugs,
+    pub(super) bugs: Bugs,
     /// Makes the names of heads' sessions.
     random: u64,
     replicas: Vec<Replica>,
@@ -163,6 +163,8 @@ pub(super) struct Replication {
     /// Fills that ended because the own replica could not be read.
     copies_failed: u64,
     pub(super) repairs: RepairReport,
+    /// For [`PlantedBug::StaleClock`]: what the clock showed some turns ago.
+    pub(super) stale_clock: Moment,
     /// For simulations; 0 for never.
     feigns_damage_in: u32,
     /// In this time every block of every volume that is led here is read once; 0 for never.
@@ -190,6 +192,7 @@ impl Replication {
             peer_pages: 0,
             copies_failed: 0,
             repairs: RepairReport::default(),
+            stale_clock: Moment::default(),
             feigns_damage_in: 0,
             scrub_period_ns: 0,
             check_reports: VecDeque::new(),

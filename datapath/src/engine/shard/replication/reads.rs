@@ -10,7 +10,7 @@ use crate::memory::Memory;
 use crate::replica::bugs::PlantedBug;
 use crate::request::RequestError;
 use crate::store::lane::Completion;
-use crate::units::BLOCK_BYTES_U64;
+use crate::units::{BLOCK_BYTES_U64, Moment};
 use crate::wire::peer_message::ChangeHeader;
 
 /// A read that waits, and the last change that it may have seen.
@@ -39,7 +39,7 @@ impl<M: Memory> Shard<M> {
         let overlapping = head.pending().filter(|change| overlaps(change.block, change.count));
         let until = overlapping.last().map_or(0, |change| change.stamp.sequence);
         let until = if self.replication.bugs.has(PlantedBug::ReadBeforeCommit) { 0 } else { until };
-        if completion.result.is_err() || head.committed() >= until && head.may_read(self.now) {
+        if completion.result.is_err() || head.committed() >= until && head.may_read(self.clock_for_leases()) {
             return false;
         }
         self.replication.replicas[replica].held.push(HeldRead { completion: *completion, until });
@@ -55,12 +55,21 @@ impl<M: Memory> Shard<M> {
             let first = u64::from(change.block) * BLOCK_BYTES_U64;
             first < end_bytes && start_bytes < first + u64::from(change.count) * BLOCK_BYTES_U64
         };
-        self.is_of_this_term(task) && head.may_read(self.now) && !head.pending().any(overlaps)
+        self.is_of_this_term(task) && head.may_read(self.clock_for_leases()) && !head.pending().any(overlaps)
+    }
+
+    /// Read after the last event that is handled: whatever was read from the own replica, was read before.
+    fn clock_for_leases(&self) -> Moment {
+        if self.replication.bugs.has(PlantedBug::StaleClock) {
+            self.replication.stale_clock
+        } else {
+            self.now
+        }
     }
 
     /// Looks at held reads again.
     pub(super) fn answer_held(&mut self, index: usize) {
-        let now = self.now;
+        let now = self.clock_for_leases();
         let replica = &mut self.replication.replicas[index];
         if replica.held.is_empty() || !replica.head.may_read(now) {
             return;
