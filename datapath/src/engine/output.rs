@@ -148,7 +148,8 @@ impl Output {
         std::mem::take(&mut self.short)
     }
 
-    /// Drops what was not yet given to a send; returns all pages of the connection's that no send holds.
+    /// Drops what was not yet given to a send; returns all pages of the connection's that no send holds. The runs of one
+    /// reply share their pages, which are free with the last of them: a send that holds the first keeps them all.
     pub(super) fn abandon(&mut self) -> Vec<MemoryRange> {
         self.short.clear();
         self.short_taken = 0;
@@ -156,7 +157,15 @@ impl Output {
             Item::Data { free, .. } => free,
             Item::Short(_) => None,
         };
-        self.items.drain(..).filter_map(free).collect()
+        let dropped = self.items.drain(..).filter_map(free);
+        let is_sent_from = |pages: &MemoryRange| {
+            let overlaps = |piece: &MemoryRange| piece.start < pages.end() && pages.start < piece.end();
+            self.sending && self.pieces.iter().any(overlaps)
+        };
+        let (held, free) = dropped.partition(is_sent_from);
+        let held: Vec<MemoryRange> = held;
+        self.freed_when_sent.extend(held);
+        free
     }
 
     /// The connection's own pages.
@@ -220,5 +229,23 @@ mod tests {
         output.finish_send();
         sent.extend(output.take_unsent());
         assert_eq!((sent == expected, output.is_empty()), (true, true));
+    }
+
+    /// A client that goes while the first run of a reply is on its way: what is sent from must not be somebody else's yet.
+    #[test]
+    fn pages_of_a_reply_that_is_half_sent_are_free_when_the_send_has_ended() {
+        let mut memory = Bytes(vec![0; 1 << 16]);
+        let mut output = Output::new(MemoryRange { start: 0, len: SEND_PAGES * BLOCK_BYTES });
+        let reply = MemoryRange { start: 1 << 16, len: SEND_BYTES_ENOUGH + 8192 };
+        let first = reply.part(28, SEND_BYTES_ENOUGH);
+        output.append_data(first, None);
+        output.append_data(reply.part(reply.len - 100, 100), Some(reply));
+        let other = MemoryRange { start: 1 << 20, len: 8192 };
+        output.append_data(other, Some(other));
+        assert!(output.begin_send(&mut memory));
+        assert_eq!(output.pieces(), [first]);
+        assert_eq!((output.abandon(), output.is_empty()), (vec![other], false));
+        assert_eq!(output.finish_send().collect::<Vec<_>>(), [reply]);
+        assert!(output.is_empty());
     }
 }
