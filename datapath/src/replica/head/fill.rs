@@ -87,6 +87,11 @@ impl Fills {
         Fills { now: None, count: 0, last_tried: NodeId(0), again_at: now, wait_ns: FILL_WAIT_NS }
     }
 
+    /// Is no replica being filled?
+    pub(super) fn is_idle(&self) -> bool {
+        self.now.is_none()
+    }
+
     pub(super) fn is_of(&self, member: NodeId) -> bool {
         self.now.as_ref().is_some_and(|fill| fill.member == member)
     }

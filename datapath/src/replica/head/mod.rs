@@ -40,6 +40,12 @@ pub const GATHER_PATIENCE_NS: u64 = 500_000_000;
 pub const PROMISE_AGAIN_NS: u64 = 200_000_000;
 /// A proposal whose outcome is not known after this time is sent again; it can succeed only once.
 pub const PROPOSE_AGAIN_NS: u64 = 1_000_000_000;
+/// So many changes do not wait for more. They are a batch of their own at each member.
+const GATHERED_CHANGES_MAX: u64 = 32;
+/// Changes with so much payload go at once: members have enough to do with each.
+const GATHERED_BLOCKS_MAX: u32 = 4;
+/// Nothing waits for a member that has been silent for so long.
+const GATHER_SILENCE_NS: u64 = MEMBER_PATIENCE_NS / 4;
 
 /// What the head wants done.
 #[derive(Clone, Debug, PartialEq, Eq)]

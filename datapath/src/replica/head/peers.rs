@@ -1,6 +1,6 @@
 //! What the head knows of each member.
 
-use super::PROMISE_AGAIN_NS;
+use super::{GATHER_SILENCE_NS, PROMISE_AGAIN_NS};
 use crate::record::{NodeId, Stamp};
 use crate::units::Moment;
 
@@ -105,6 +105,11 @@ impl Peer {
     /// When to ask it once more for its promise, if that is awaited.
     pub(super) fn is_to_be_asked_at(&self) -> Option<Moment> {
         (self.phase == Phase::Asked).then(|| self.asked_at.after_ns(PROMISE_AGAIN_NS))
+    }
+
+    /// Will it soon answer what it was sent?
+    pub(super) fn is_at_work(&self, now: Moment) -> bool {
+        self.sent > self.acked && now < self.acked_at.after_ns(GATHER_SILENCE_NS)
     }
 
     /// Its connection is gone, or new. Neither is an answer: a member that fell silent, and whose connection was given up

@@ -3,7 +3,8 @@
 use super::peers::Phase;
 use super::view::proposal_of;
 use super::{
-    Head, HeadEffect, Lead, MEMBER_PATIENCE_NS, PROPOSE_AGAIN_NS, Role, Stage, SubmitError, Windowed,
+    GATHERED_BLOCKS_MAX, GATHERED_CHANGES_MAX, Head, HeadEffect, Lead, MEMBER_PATIENCE_NS, PROPOSE_AGAIN_NS,
+    Role, Stage, SubmitError, Windowed,
 };
 use crate::record::{ChangeKind, NodeId, StaleReplica, Stamp};
 use crate::replica::{LEASE_DRIFT_NS, LEASE_EVERY_NS, LEASE_NS};
@@ -11,7 +12,7 @@ use crate::units::Moment;
 use crate::wire::peer_message::ChangeHeader;
 
 impl Head {
-    /// Numbers a change and sends it to all members. [`HeadEffect::Committed`] will name the cookie.
+    /// Numbers a change; [`Self::stream`] sends it to all members. [`HeadEffect::Committed`] will name the cookie.
     ///
     /// # Errors
     /// [`SubmitError::NotServing`]: nothing was done.
@@ -36,7 +37,6 @@ impl Head {
             lead.peers.iter_mut().for_each(|peer| peer.acked_at = now);
         }
         lead.window.push_back(Windowed { change, cookie: Some(cookie) });
-        self.stream_to_all(now);
         Ok(stamp)
     }
 
@@ -120,6 +120,15 @@ impl Head {
             self.advance_fill(now);
             // It may be the answer that was awaited before another one is removed.
             self.remove_failed(now);
+        }
+    }
+
+    /// To be called when all that has happened by `now` was handled: sends members the changes since, unless more are to
+    /// gather. Small changes gather while members are at work, so that each has one message, one write and one sync for all
+    /// of them: the next ones go when everybody has answered, or when there are [`GATHERED_CHANGES_MAX`].
+    pub fn stream(&mut self, now: Moment) {
+        if self.lead().is_some_and(|lead| !lead.gathers(now)) {
+            self.stream_to_all(now);
         }
     }
 
@@ -295,6 +304,21 @@ impl Head {
 }
 
 impl Lead {
+    /// Do changes wait for more of their kind? Not where somebody waits for the moment at which a member has all, nor where
+    /// the newest is a large one: those that were held before it are small. And not for a member that is silent: should the
+    /// head die, what the others have is all there is.
+    fn gathers(&self, now: Moment) -> bool {
+        let small = |newest: &Windowed| newest.change.payload_blocks() < GATHERED_BLOCKS_MAX;
+        let following = || self.peers.iter().filter(|peer| peer.phase == Phase::Following);
+        let sent = following().map(|peer| peer.sent).min();
+        self.stage == Stage::Serving
+            && self.open.is_none()
+            && self.fills.is_idle()
+            && self.window.back().is_some_and(small)
+            && sent.is_some_and(|sent| self.last.sequence.saturating_sub(sent) < GATHERED_CHANGES_MAX)
+            && following().any(|peer| peer.is_at_work(now))
+    }
+
     /// Since when a member owes an answer, if it does.
     fn silent_since(&self, node: NodeId) -> Option<Moment> {
         let Some(peer) = self.peers.get(node) else { return Some(Moment::default()) };
@@ -401,6 +425,7 @@ mod tests {
     fn a_silent_member_is_removed_after_its_time() {
         let (mut head, mut now) = (serving(), START);
         head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        head.stream(now);
         let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
         let (at, record) = removal(&mut head, &mut now, end, &NODES[..2]).expect("it is removed");
         assert_eq!((at, &record.in_sync[..]), (START.after_ns(MEMBER_PATIENCE_NS), &NODES[..2]));
@@ -411,6 +436,7 @@ mod tests {
     fn a_member_whose_connection_was_given_up_for_silence_gets_no_more_time_for_it() {
         let (mut head, mut now) = (serving(), START);
         head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        head.stream(now);
         let end = START.after_ns(MEMBER_PATIENCE_NS - 2);
         assert_eq!(removal(&mut head, &mut now, end, &NODES[..2]), None);
         head.member_down(now, NODES[2]);
@@ -427,6 +453,7 @@ mod tests {
         let (mut head, mut now) = (serving(), START);
         // The second owed nothing when the silence began.
         head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        head.stream(now);
         head.acked(now, NODES[1], head.lead().expect("it leads").epoch, 1);
         let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
         assert_eq!(removal(&mut head, &mut now, end, &NODES[..1]), None);
@@ -434,5 +461,56 @@ mod tests {
         let again = end.after_ns(2 * MEMBER_PATIENCE_NS);
         let (_, record) = removal(&mut head, &mut now, again, &NODES[..2]).expect("it is removed");
         assert_eq!(record.in_sync, NODES[..2]);
+    }
+
+    /// What each node is sent, in order.
+    fn sent(head: &mut Head) -> [Vec<u64>; 3] {
+        let mut sent: [Vec<u64>; 3] = Default::default();
+        while let Some(effect) = head.poll_effect() {
+            if let HeadEffect::Change { member, change, .. } = effect {
+                sent[member.0 as usize].push(change.stamp.sequence);
+            }
+        }
+        sent
+    }
+
+    #[test]
+    fn small_changes_gather_while_members_are_at_work() {
+        let mut head = serving();
+        let epoch = head.epoch();
+        let submit = |head: &mut Head, count| {
+            head.submit(START, 1, ChangeKind::Data, 0, count).expect("it serves");
+        };
+        let everybody = |sequences: Vec<u64>| [sequences.clone(), sequences.clone(), sequences];
+        submit(&mut head, 1);
+        submit(&mut head, 1);
+        head.stream(START);
+        assert_eq!(sent(&mut head), everybody(vec![1, 2]), "nobody is at work: what came in a turn goes");
+        submit(&mut head, 1);
+        head.stream(START);
+        submit(&mut head, GATHERED_BLOCKS_MAX - 1);
+        NODES[..2].iter().for_each(|node| head.acked(START, *node, epoch, 2));
+        head.stream(START);
+        assert_eq!(sent(&mut head), everybody(vec![]), "one is at work");
+        head.acked(START, NODES[2], epoch, 2);
+        head.stream(START);
+        assert_eq!(sent(&mut head), everybody(vec![3, 4]));
+        submit(&mut head, 1);
+        submit(&mut head, GATHERED_BLOCKS_MAX);
+        head.stream(START);
+        assert_eq!(
+            sent(&mut head),
+            everybody(vec![5, 6]),
+            "a large one does not wait, nor what is before it"
+        );
+        (1..GATHERED_CHANGES_MAX).for_each(|_| submit(&mut head, 1));
+        head.stream(START);
+        assert_eq!(sent(&mut head), everybody(vec![]));
+        submit(&mut head, 1);
+        head.stream(START);
+        assert_eq!(sent(&mut head), everybody((7..7 + GATHERED_CHANGES_MAX).collect()), "enough for a batch");
+        submit(&mut head, 1);
+        head.stream(START.after_ns(super::super::GATHER_SILENCE_NS));
+        assert_eq!(sent(&mut head)[1], [7 + GATHERED_CHANGES_MAX], "nobody waits for who is silent");
     }
 }

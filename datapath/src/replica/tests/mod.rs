@@ -231,6 +231,8 @@ impl World {
 
     /// Carries out what a head wants.
     fn settle(&mut self, node: usize) {
+        let now = self.clock(node);
+        self.nodes[node].process.iter_mut().for_each(|it| it.head.stream(now));
         while let Some(effect) = self.nodes[node].process.as_mut().and_then(|it| it.head.poll_effect()) {
             let now = self.clock(node);
             let process = self.nodes[node].process.as_mut().unwrap();

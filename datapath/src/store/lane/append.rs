@@ -252,8 +252,12 @@ impl Lane {
         }
     }
 
-    /// Starts writing what has gathered, unless enough is being written already.
+    /// Starts writing what has gathered, unless enough is being written already. Where every batch needs a sync, one that
+    /// is written while another sync runs would wait for its end all the same: what comes meanwhile gathers.
     pub(super) fn seal_gathered<M: Memory>(&mut self, context: &mut Context<'_, M>) {
+        if self.config.ack == AckPolicy::Durable && self.syncer.is_running() {
+            return;
+        }
         let stream = &self.streams[StreamKind::Client.index()];
         if stream.open.is_some() && stream.writing_count() < CLIENT_BATCHES_WRITING {
             self.seal(context, StreamKind::Client, false);

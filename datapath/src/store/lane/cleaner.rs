@@ -22,7 +22,7 @@ use crate::store::layout::{Place, SegmentIndex};
 use crate::store::map::{FrameIndex, LEAF_BLOCKS, Presence};
 use crate::units::{BLOCK_BYTES, MemoryRange};
 
-/// Blocks of one read of the victim.
+/// Blocks of one read of the victim: 512 KiB.
 const READ_BLOCKS: u32 = 128;
 /// Leaves that are loaded at once for one victim.
 const LEAVES_AHEAD: usize = 16;
@@ -46,8 +46,10 @@ struct Candidate {
 enum Phase {
     #[default]
     Idle,
+    /// Blocks before this one are read, or being read, in so many reads.
     Reading {
-        left: u32,
+        next_block: u32,
+        under_way: u32,
     },
     Moving,
 }
@@ -121,7 +123,7 @@ impl Lane {
             || !self.checkpointer.is_idle()
             || self.segments.dead_count() > 0
             || self.segments.still_read_count() > 0
-            || self.segments_being_zeroed() > 0
+            || self.zeroing.count() > 0
             || self.segments.choose_victim(self.last_number, true, self.survivor_room_blocks()).is_some()
     }
 
@@ -161,33 +163,53 @@ impl Lane {
         }
     }
 
+    /// Do clients wait for segments, or will soon?
+    fn is_cleaning_urgent(&self) -> bool {
+        self.segments.free_count() + self.pool_share.free <= self.segments_kept(StreamKind::Client)
+    }
+
     fn start_cleaning(&mut self) {
-        let urgent =
-            self.segments.free_count() + self.pool_share.free <= self.segments_kept(StreamKind::Client);
+        let urgent = self.is_cleaning_urgent();
         let room = self.survivor_room_blocks();
         let Some(victim) = self.segments.choose_victim(self.last_number, urgent, room) else { return };
         self.segments.mark_cleaned(victim, true);
         self.segments.begin_read(victim);
-        let layout = self.config.layout;
-        let mut left = 0;
-        for block in (0..layout.segment_blocks).step_by(READ_BLOCKS as usize) {
-            let blocks = READ_BLOCKS.min(layout.segment_blocks - block);
-            let memory = self.cleaner.buffer.part(block * BLOCK_BYTES, blocks * BLOCK_BYTES);
-            let place = layout.place(victim, block);
-            self.start(Operation::VictimRead, |token| DiskEffect::Read { token, place, memory });
-            left += 1;
-        }
         self.cleaner.victim = Some(victim);
         self.cleaner.read_failed = false;
         self.cleaner.found_damage = false;
-        self.cleaner.phase = Phase::Reading { left };
+        self.cleaner.phase = Phase::Reading { next_block: 0, under_way: 0 };
+        self.read_victim();
+    }
+
+    /// Reads on: piece by piece, since clients want the device too, or what is left at once if they wait for the segment.
+    fn read_victim(&mut self) {
+        let Phase::Reading { mut next_block, mut under_way } = self.cleaner.phase else {
+            unreachable!("a victim is being read")
+        };
+        let victim = self.cleaner.victim.expect("a victim");
+        let layout = self.config.layout;
+        let urgent = self.is_cleaning_urgent();
+        while next_block < layout.segment_blocks && (urgent || under_way == 0) {
+            let blocks = READ_BLOCKS.min(layout.segment_blocks - next_block);
+            let memory = self.cleaner.buffer.part(next_block * BLOCK_BYTES, blocks * BLOCK_BYTES);
+            let place = layout.place(victim, next_block);
+            self.start(Operation::VictimRead, |token| DiskEffect::Read { token, place, memory });
+            next_block += blocks;
+            under_way += 1;
+        }
+        self.cleaner.phase = Phase::Reading { next_block, under_way };
     }
 
     pub(super) fn finish_victim_read<M: Memory>(&mut self, context: &mut Context<'_, M>, good: bool) {
-        let Phase::Reading { left } = self.cleaner.phase else { unreachable!("a victim is being read") };
+        let Phase::Reading { next_block, under_way } = self.cleaner.phase else {
+            unreachable!("a victim is being read")
+        };
         self.cleaner.read_failed |= !good;
-        self.cleaner.phase = Phase::Reading { left: left - 1 };
-        if left > 1 {
+        self.cleaner.phase = Phase::Reading { next_block, under_way: under_way - 1 };
+        if next_block < self.config.layout.segment_blocks {
+            self.read_victim();
+        }
+        if !matches!(self.cleaner.phase, Phase::Reading { under_way: 0, .. }) {
             return;
         }
         if self.cleaner.read_failed {

@@ -24,6 +24,7 @@ mod stream;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod zeroing;
 
 use super::batch::BATCH_PAYLOAD_BLOCKS_MAX;
 use super::bugs::Bugs;
@@ -49,6 +50,7 @@ use stamped::{Numbering, Order};
 use std::collections::VecDeque;
 use stream::{Stream, StreamKind};
 use sync::Syncer;
+use zeroing::{ZERO_PAGES, Zeroing};
 
 pub use change::Release;
 pub use changed::{Changed, Extent};
@@ -323,23 +325,12 @@ pub struct Lane {
     counters: LaneCounters,
 }
 
-/// Segments of a file that were never written: ext4 and XFS would convert each extent at its first
-/// write, so they are written with zeroes ahead of use.
-#[derive(Debug, Default)]
-struct Zeroing {
-    waiting: VecDeque<SegmentIndex>,
-    /// The segment being zeroed, and writes of it under way.
-    current: Option<(SegmentIndex, u32)>,
-    zeroes: MemoryRange,
-}
-
 /// Pages of a buffer for small batches: a descriptor and its payload.
 pub(super) const BATCH_BUFFER_PAGES: u32 = 128;
 const BATCH_BUFFERS: u32 = 10;
 /// Buffers that the clients' stream leaves to the cleaner and the checkpoints.
 const BATCH_BUFFERS_KEPT: usize = 4;
 const LEAF_PAGES: u32 = 64;
-const ZERO_PAGES: u32 = 16;
 /// Segments that a lane borrows at a time, when it has fewer left.
 const SEGMENTS_IN_STOCK: u32 = 8;
 /// Segments that hold no client data: open and next ones of three streams, and room for the cleaner to work in.
@@ -375,7 +366,7 @@ impl Lane {
         let cleaner = Cleaner::new(take(config.layout.segment_blocks));
         let checkpointer = Checkpointer::after(&recovered, take(1), take(1));
         let split_page = Some(take(1));
-        let zeroing = Zeroing { zeroes: take(ZERO_PAGES), ..Zeroing::default() };
+        let zeroing = Zeroing::new(take(ZERO_PAGES));
         let volumes = recovered.volumes.into_iter();
         Lane {
             config,
@@ -482,16 +473,10 @@ impl Lane {
         self.checkpointer.request();
     }
 
-    /// Segments that are zeroed before their first use.
-    fn segments_being_zeroed(&self) -> u32 {
-        let waiting = u32::try_from(self.zeroing.waiting.len()).expect("a few");
-        waiting + u32::from(self.zeroing.current.is_some())
-    }
-
     /// How many segments the lane would like to borrow now.
     #[must_use]
     pub fn segments_wanted(&self) -> u32 {
-        let stock = self.segments.free_count() + self.segments_being_zeroed();
+        let stock = self.segments.free_count() + self.zeroing.count();
         // What must be kept free is of no use to clients: they need more than that.
         let enough = SEGMENTS_IN_STOCK.max(self.segments_kept(StreamKind::Client) + 2);
         // A lane without volumes writes nothing.
@@ -501,7 +486,7 @@ impl Lane {
     /// The pool lends a segment; a pristine one is zeroed first.
     pub fn lend(&mut self, segment: SegmentIndex, pristine: bool) {
         if pristine {
-            self.zeroing.waiting.push_back(segment);
+            self.zeroing.push(segment);
         } else {
             self.segments.receive(segment);
         }
@@ -551,8 +536,8 @@ impl Lane {
         self.upkeep_zeroing();
         self.upkeep_cleaner(context);
         self.upkeep_checkpoint(context);
-        self.seal_gathered(context);
         self.upkeep_sync();
+        self.seal_gathered(context);
     }
 
     fn start(&mut self, operation: Operation, effect: impl FnOnce(DiskToken) -> DiskEffect) {
@@ -562,34 +547,6 @@ impl Lane {
 
     fn complete(&mut self, cookie: u32, result: Result<(), RequestError>) {
         self.completions.push_back(Completion { cookie, result, holes: HoleMap::default(), read: None });
-    }
-
-    fn upkeep_zeroing(&mut self) {
-        if self.zeroing.current.is_some() {
-            return;
-        }
-        let Some(segment) = self.zeroing.waiting.pop_front() else { return };
-        let layout = self.config.layout;
-        let step = ZERO_PAGES.min(layout.segment_blocks);
-        let memory = self.zeroing.zeroes.part(0, step * BLOCK_BYTES);
-        for block in (0..layout.segment_blocks).step_by(step as usize) {
-            let place = layout.place(segment, block);
-            self.start(Operation::ZeroWrite, |token| DiskEffect::Write { token, place, memory });
-        }
-        self.counters.zero_blocks_written += u64::from(layout.segment_blocks);
-        self.counters.device_blocks_written += u64::from(layout.segment_blocks);
-        self.zeroing.current = Some((segment, layout.segment_blocks / step));
-    }
-
-    fn finish_zero_write<M: Memory>(&mut self, context: &mut Context<'_, M>, good: bool) {
-        if !good {
-            self.fail(context);
-        }
-        let (segment, left) = self.zeroing.current.expect("a segment is being zeroed");
-        self.zeroing.current = if left > 1 { Some((segment, left - 1)) } else { None };
-        if left == 1 && !self.failed {
-            self.segments.receive(segment);
-        }
     }
 
     /// A write or sync of the device failed, this lane's or another's. What waits will never be safe: it is answered with an error, and so is all that

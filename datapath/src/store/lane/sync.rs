@@ -22,6 +22,11 @@ pub(super) struct Syncer {
 }
 
 impl Syncer {
+    /// Is a sync under way?
+    pub(super) fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
     /// Something was written that must be brought to stable media soon.
     pub(super) fn want(&mut self) {
         self.wanted = true;

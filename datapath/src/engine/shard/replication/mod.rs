@@ -403,6 +403,7 @@ impl<M: Memory> Shard<M> {
             if head.poll_timeout().is_some_and(|moment| moment <= now) {
                 head.handle_timeout(now);
             }
+            head.stream(now);
             self.settle_head(index);
             self.advance_peer_reads(index);
             self.answer_held(index);
