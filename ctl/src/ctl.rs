@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use berth::service::server::{self, CtlConfig};
 use clap::Args;
@@ -20,6 +21,10 @@ pub(crate) struct CtlArguments {
     /// Listen on an address that other machines can connect to, without authentication.
     #[arg(long)]
     insecure: bool,
+
+    /// When a node has not been connected for so many seconds, other nodes get the replicas that it had. 0: never.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    replace_after: u64,
 
     /// End when the process that started this one ends.
     #[arg(long, hide = true)]
@@ -42,11 +47,13 @@ impl FromStr for StorePlace {
 
 /// Runs until it is told to stop.
 pub(crate) fn run(arguments: CtlArguments) -> Result<(), String> {
-    let CtlArguments { store, listen, insecure, exit_with_parent } = arguments;
+    let CtlArguments { store, listen, insecure, replace_after, exit_with_parent } = arguments;
+    let replace_after = (replace_after > 0).then(|| Duration::from_secs(replace_after));
     if exit_with_parent {
         end_with_parent()?;
     }
-    server::run(&CtlConfig { store: store.0, listen, insecure }).map_err(|error| error.to_string())
+    server::run(&CtlConfig { store: store.0, listen, insecure, replace_after })
+        .map_err(|error| error.to_string())
 }
 
 /// Has the kernel ask this process to end when the one that started it ends, however that comes.

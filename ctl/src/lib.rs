@@ -1,5 +1,6 @@
 //! The control plane and the tools of the `berth` binary.
 
 pub mod bench;
+pub mod heal;
 pub mod record_store;
 pub mod service;

@@ -7,7 +7,8 @@ use datapath::record::{NodeId, Record};
 use datapath::units::BLOCK_BYTES_U64;
 use nbd_server::control::convert::{PassHistory, history_from_message, record_from_message};
 use nbd_server::control::proto::{
-    self, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, get_volume_request,
+    self, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, ReplicaRequest,
+    get_volume_request,
 };
 use nbd_server::node_name::NodeName;
 use nbd_server::size::Size;
@@ -56,6 +57,22 @@ enum VolumeCommand {
         /// Its name.
         name: VolumeName,
     },
+    /// Give a node a replica of the volume, one more than there are. It is filled while a head serves the volume.
+    AddReplica {
+        /// The volume's name.
+        name: VolumeName,
+        /// The node's name.
+        #[arg(long, value_name = "NODE")]
+        node: NodeName,
+    },
+    /// Forget the replica of a node, which must not be in sync. What the node holds stays in its pool.
+    RemoveReplica {
+        /// The volume's name.
+        name: VolumeName,
+        /// The node's name.
+        #[arg(long, value_name = "NODE")]
+        node: NodeName,
+    },
     /// Delete a volume with all its data.
     Delete {
         /// Its name.
@@ -85,7 +102,10 @@ struct VolumeReport {
     in_sync: Vec<String>,
     catching_up: Vec<String>,
     stale: Vec<StaleReport>,
+    /// Of those catching up or stale: added, and not in sync since.
+    fresh: Vec<String>,
     min_in_sync: u32,
+    replicas_wanted: u32,
     /// When the pass over it that is under way began, in seconds since 1970.
     pass_began_at: Option<u64>,
     /// The last pass that saw everything.
@@ -121,7 +141,9 @@ impl VolumeReport {
                 .iter()
                 .map(|stale| StaleReport { node: name(stale.node), since_version: stale.since_version })
                 .collect(),
+            fresh: all(&record.fresh),
             min_in_sync: record.min_in_sync,
+            replicas_wanted: record.replicas_wanted,
             pass_began_at: passes.began_at,
             last_pass: passes.last.map(|last| PassReport::new(last, names)),
             name: record.name,
@@ -159,6 +181,16 @@ pub(crate) fn run(arguments: &VolumeArguments) -> Result<bool, String> {
             let found = ask(Request::Get(GetVolumeRequest { which }))?;
             print(output, &found, || description(&found))
         }
+        VolumeCommand::AddReplica { name, node } => {
+            let request = ReplicaRequest { name: name.to_string(), node: node.to_string() };
+            let changed = ask(Request::AddReplica(request))?;
+            print(output, &changed, || format!("volume {name}: node {node} gets a replica\n"))
+        }
+        VolumeCommand::RemoveReplica { name, node } => {
+            let request = ReplicaRequest { name: name.to_string(), node: node.to_string() };
+            let changed = ask(Request::RemoveReplica(request))?;
+            print(output, &changed, || format!("volume {name}: the replica of node {node} is forgotten\n"))
+        }
         VolumeCommand::Delete { name } => {
             let deleted = ask(Request::Delete(DeleteVolumeRequest { name: name.to_string() }))?;
             print(output, &deleted, || format!("volume {name} is deleted\n"))
@@ -189,7 +221,10 @@ pub(crate) fn status(arguments: &StatusArguments) -> Result<bool, String> {
         let nodes = node_names(&mut client).await?.len();
         Ok((nodes, list(client).await?))
     })?;
-    let is_degraded = |volume: &&VolumeReport| !volume.stale.is_empty() || !volume.catching_up.is_empty();
+    let is_degraded = |volume: &&VolumeReport| {
+        let lacks = u32::try_from(volume.in_sync.len()).is_ok_and(|there| there < volume.replicas_wanted);
+        lacks || !volume.stale.is_empty() || !volume.catching_up.is_empty()
+    };
     let degraded = volumes.iter().filter(is_degraded).map(|volume| volume.name.clone()).collect();
     let is_damaged = |volume: &&VolumeReport| volume.last_pass.as_ref().is_some_and(|pass| !pass.is_clean());
     let damaged = volumes.iter().filter(is_damaged).map(|volume| volume.name.clone()).collect();
@@ -213,6 +248,8 @@ enum Request {
     Create(CreateVolumeRequest),
     Get(GetVolumeRequest),
     Delete(DeleteVolumeRequest),
+    AddReplica(ReplicaRequest),
+    RemoveReplica(ReplicaRequest),
 }
 
 async fn one(mut client: Client, request: Request) -> Result<VolumeReport, String> {
@@ -222,6 +259,8 @@ async fn one(mut client: Client, request: Request) -> Result<VolumeReport, Strin
         Request::Create(request) => answer(client.create_volume(request)).await,
         Request::Get(request) => answer(client.get_volume(request)).await,
         Request::Delete(request) => answer(client.delete_volume(request)).await,
+        Request::AddReplica(request) => answer(client.add_replica(request)).await,
+        Request::RemoveReplica(request) => answer(client.remove_replica(request)).await,
     };
     let reply = reply?;
     report(reply.record.unwrap_or_default(), reply.check, &names)
@@ -276,7 +315,7 @@ fn description(volume: &VolumeReport) -> String {
     let state = if volume.started { "started" } else { "not started" };
     let head = volume.head.as_deref().unwrap_or("none");
     let mut text = format!(
-        "volume {}: {}, number {}\n  head {head}, epoch {} ({state}), version {}\n  in sync: {} (at least {})\n",
+        "volume {}: {}, number {}\n  head {head}, epoch {} ({state}), version {}\n  in sync: {} (at least {}, wanted {})\n",
         volume.name,
         volume.size(),
         volume.number,
@@ -284,9 +323,13 @@ fn description(volume: &VolumeReport) -> String {
         volume.version,
         volume.in_sync.join(", "),
         volume.min_in_sync,
+        volume.replicas_wanted,
     );
     if !volume.catching_up.is_empty() {
         text.push_str(&format!("  catching up: {}\n", volume.catching_up.join(", ")));
+    }
+    if !volume.fresh.is_empty() {
+        text.push_str(&format!("  new, filled from nothing: {}\n", volume.fresh.join(", ")));
     }
     for stale in &volume.stale {
         text.push_str(&format!("  stale: {}, since version {}\n", stale.node, stale.since_version));

@@ -107,6 +107,12 @@ pub struct Record {
     pub catching_up: Vec<NodeId>,
     /// All other replicas, by node.
     pub stale: Vec<StaleReplica>,
+    /// Of the last two kinds: those that were added since the volume was made and have not been in sync since, ascending.
+    /// Whatever such a node holds of the volume, from an earlier time perhaps, counts for nothing: the ends of epochs that
+    /// are kept say nothing of it.
+    pub fresh: Vec<NodeId>,
+    /// Replicas that the volume should have in sync.
+    pub replicas_wanted: u32,
     /// With fewer replicas in sync nothing is served.
     pub min_in_sync: u32,
     /// Ends of earlier epochs, ascending. An epoch that never started has none.
@@ -145,6 +151,8 @@ impl Record {
             in_sync,
             catching_up: Vec::new(),
             stale: Vec::new(),
+            fresh: Vec::new(),
+            replicas_wanted: u32::try_from(nodes.len()).expect("a few"),
             epoch_ends: Vec::new(),
         }
     }
@@ -162,6 +170,45 @@ impl Record {
         let mut all: Vec<_> = self.in_sync.iter().chain(&self.catching_up).copied().chain(stale).collect();
         all.sort_unstable();
         all
+    }
+
+    /// The record with one more replica, which is to be filled from nothing. `proposal` tells this change from every other.
+    /// Who is in sync does not change: that is the head's affair.
+    ///
+    /// # Errors
+    /// [`ReplicaError::There`].
+    pub fn with_replica(&self, node: NodeId, proposal: u64) -> Result<Record, ReplicaError> {
+        if self.replicas().contains(&node) {
+            return Err(ReplicaError::There(node));
+        }
+        let mut next = self.next_version(proposal);
+        next.stale.push(StaleReplica { node, since_version: next.version });
+        next.stale.sort_by_key(|replica| replica.node);
+        next.fresh.push(node);
+        next.fresh.sort_unstable();
+        Ok(next)
+    }
+
+    /// The record without a replica that is not in sync.
+    ///
+    /// # Errors
+    /// [`ReplicaError::InSync`], [`ReplicaError::NotThere`].
+    pub fn without_replica(&self, node: NodeId, proposal: u64) -> Result<Record, ReplicaError> {
+        if self.is_in_sync(node) {
+            return Err(ReplicaError::InSync(node));
+        }
+        if !self.replicas().contains(&node) {
+            return Err(ReplicaError::NotThere(node));
+        }
+        let mut next = self.next_version(proposal);
+        next.stale.retain(|replica| replica.node != node);
+        next.catching_up.retain(|other| *other != node);
+        next.fresh.retain(|other| *other != node);
+        Ok(next)
+    }
+
+    fn next_version(&self, proposal: u64) -> Record {
+        Record { version: self.version + 1, proposal, ..self.clone() }
     }
 
     /// The last change that a replica surely has in common with the volume's order, if `last` is its own last change, or,
@@ -190,9 +237,41 @@ impl Record {
     }
 }
 
+/// Why a replica is not added or taken out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReplicaError {
+    /// It has one.
+    #[error("{0:?} has a replica of the volume already")]
+    There(NodeId),
+    /// It has none.
+    #[error("{0:?} has no replica of the volume")]
+    NotThere(NodeId),
+    /// Only the head may change who is in sync.
+    #[error("the replica on {0:?} is in sync")]
+    InSync(NodeId),
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_replica_that_is_added_is_fresh_and_one_in_sync_stays() {
+        let record = Record::new(VolumeNumber(7), "data", [1; 16], 100, &[NodeId(1), NodeId(3)]);
+        assert_eq!(record.replicas_wanted, 2);
+        let more = record.with_replica(NodeId(2), 5).expect("it has none");
+        let stale = StaleReplica { node: NodeId(2), since_version: 2 };
+        assert_eq!(
+            (more.version, more.proposal, &more.fresh[..], &more.stale[..]),
+            (2, 5, &[NodeId(2)][..], &[stale][..])
+        );
+        assert_eq!((&more.in_sync, more.replicas_wanted), (&record.in_sync, 2));
+        assert_eq!(more.with_replica(NodeId(3), 6), Err(ReplicaError::There(NodeId(3))));
+        assert_eq!(more.without_replica(NodeId(3), 6), Err(ReplicaError::InSync(NodeId(3))));
+        assert_eq!(more.without_replica(NodeId(4), 6), Err(ReplicaError::NotThere(NodeId(4))));
+        let less = more.without_replica(NodeId(2), 6).expect("not in sync");
+        assert_eq!(less, Record { version: 3, proposal: 6, ..record });
+    }
 
     #[test]
     fn a_new_record_knows_its_replicas() {

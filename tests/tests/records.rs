@@ -234,7 +234,7 @@ fn the_commands_do_what_they_say_and_say_what_to_do() {
     {
         assert!(json.contains(part), "{part}: {json}");
     }
-    assert!(text("volume show data").contains("in sync: n1, n2, n3 (at least 2)"));
+    assert!(text("volume show data").contains("in sync: n1, n2, n3 (at least 2, wanted 3)"));
     wrong("volume create data --size 1G --on n1", "there is a volume data already; choose another name");
     wrong("volume create Data --size 1G --on n1", "'D' is not one of a-z");
     wrong("volume create x --size 1000 --on n1", "1000 is not a multiple of 4096 bytes");

@@ -52,6 +52,12 @@ pub enum RuleError {
         /// What it must be.
         expected: u32,
     },
+    /// What a node holds that has no replica may be of any time.
+    #[error("node {} gets a replica that does not count as fresh", .0.0)]
+    NotFresh(NodeId),
+    /// It counts for nothing until it has been in sync.
+    #[error("the replica on node {} is taken for one that has been in sync", .0.0)]
+    FreshTrusted(NodeId),
     /// A started epoch may have acknowledged writes.
     #[error("epoch {0} has started, and the proposed record takes that back")]
     Unstarted(u32),
@@ -74,6 +80,7 @@ pub fn check_succession(current: &Record, proposed: &Record) -> Result<(), RuleE
     if let Some((what, _)) = kept.into_iter().find(|(_, kept)| !kept) {
         return Err(RuleError::Changed(what));
     }
+    check_fresh(current, proposed)?;
     let (from, to) = (current.epoch, proposed.epoch);
     if to < from {
         return Err(RuleError::EpochFalls { from, to });
@@ -92,6 +99,22 @@ pub fn check_succession(current: &Record, proposed: &Record) -> Result<(), RuleE
         return Err(RuleError::LastStarted { proposed: proposed.last_started, expected: last_started });
     }
     Ok(())
+}
+
+/// Who has no replica gets a fresh one, and that stays so until it is in sync.
+fn check_fresh(current: &Record, proposed: &Record) -> Result<(), RuleError> {
+    let (before, after) = (current.replicas(), proposed.replicas());
+    let stranger = after.iter().find(|node| !before.contains(node) && !proposed.fresh.contains(node));
+    if let Some(node) = stranger {
+        return Err(RuleError::NotFresh(*node));
+    }
+    let is_trusted = |node: &&NodeId| {
+        after.contains(node) && !proposed.fresh.contains(node) && !proposed.is_in_sync(**node)
+    };
+    match current.fresh.iter().find(is_trusted) {
+        Some(node) => Err(RuleError::FreshTrusted(*node)),
+        None => Ok(()),
+    }
 }
 
 /// Nodes of the replicas, by what `find` knows of names, and how many of them must be in sync.

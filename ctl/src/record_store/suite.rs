@@ -175,6 +175,8 @@ pub(super) fn every_rule_of_succession_holds(store: &dyn RecordStore) {
             MessageError::Order("epoch_ends").into(),
         ),
         (|r| r.min_in_sync = 0, MessageError::Zero("min_in_sync").into()),
+        (|r| r.catching_up.push(NodeId(7)), RuleError::NotFresh(NodeId(7))),
+        (|r| r.in_sync.push(NodeId(7)), RuleError::NotFresh(NodeId(7))),
     ];
     for (break_it, expected) in cases {
         let mut proposed = next(&record);
@@ -193,12 +195,18 @@ pub(super) fn every_rule_of_succession_holds(store: &dyn RecordStore) {
         in_sync: vec![NodeId(1)],
         catching_up: vec![NodeId(3)],
         stale: vec![StaleReplica { node: NodeId(2), since_version: 5 }],
+        fresh: vec![NodeId(3)],
         epoch_ends: vec![EpochEnd { epoch: 3, sequence: 8 }],
         size_blocks: 512,
         ..next(&record)
     };
     store.compare_and_swap(4, &allowed).expect("swapped");
     assert_eq!(store.get(&name("v")).expect("there"), allowed);
+    let trusted = Record { fresh: Vec::new(), ..next(&allowed) };
+    let refused = store.compare_and_swap(5, &trusted).expect_err("it was never in sync");
+    assert!(matches!(refused, StoreError::Rule(RuleError::FreshTrusted(NodeId(3)))), "{refused}");
+    let admitted = Record { catching_up: Vec::new(), in_sync: vec![NodeId(1), NodeId(3)], ..trusted };
+    store.compare_and_swap(5, &admitted).expect("it is in sync now");
 }
 
 pub(super) fn of_racing_swaps_one_wins_each_version(store: &dyn RecordStore) {

@@ -123,6 +123,12 @@ impl Feed {
         (Cursor { node, ..Cursor::default() }, self.changed.subscribe())
     }
 
+    /// All records as they are now, by number.
+    #[must_use]
+    pub fn records(&self) -> Vec<Arc<Record>> {
+        self.lock().records.values().map(|(_, record)| Arc::clone(record)).collect()
+    }
+
     /// Takes the next news, oldest first. None: there are no more now. It may be empty.
     ///
     /// # Errors
@@ -159,6 +165,12 @@ impl Feed {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Waits until the feed is closed.
+pub(super) async fn closed(changed: &mut watch::Receiver<u64>) {
+    // Without a feed there is nothing to tell any more, either.
+    let _ = changed.wait_for(|revision| *revision == CLOSED).await;
 }
 
 impl State {

@@ -2,6 +2,7 @@
 
 pub mod feed;
 mod passes;
+mod replicas;
 pub mod server;
 
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use tonic::{Request, Response, Status};
 use crate::record_store::{Joining, NewVolume, RecordStore, StoreError, VolumeKey};
 use feed::{Cursor, Feed, FeedEnd, News};
 use passes::{Passes, Wish};
+use replicas::Absences;
 
 /// Events that wait for a watcher that does not read.
 const WATCH_QUEUE: usize = 16;
@@ -39,6 +41,7 @@ pub struct ControlService {
     feed: Arc<Feed>,
     watchers: Arc<tokio::sync::Semaphore>,
     passes: Arc<Passes>,
+    absences: Arc<Absences>,
 }
 
 impl ControlService {
@@ -51,7 +54,7 @@ impl ControlService {
         let follower = Arc::clone(&feed);
         store.follow(Box::new(move |change| follower.apply(change)))?;
         let watchers = Arc::new(tokio::sync::Semaphore::new(WATCHERS_MAX));
-        Ok(ControlService { store, feed, watchers, passes: Arc::default() })
+        Ok(ControlService { store, feed, watchers, passes: Arc::default(), absences: Arc::default() })
     }
 
     /// Ends all watches.
@@ -241,6 +244,20 @@ impl control_server::Control for ControlService {
         let record = self.call(move |store| store.delete(&key)).await?;
         tracing::info!(volume = record.name, number = record.volume.0, "volume deleted");
         Ok(volume_reply(&record))
+    }
+
+    async fn add_replica(
+        &self,
+        request: Request<proto::ReplicaRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        self.add_replica_to(request).await
+    }
+
+    async fn remove_replica(
+        &self,
+        request: Request<proto::ReplicaRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        self.remove_replica_from(request).await
     }
 
     async fn list_nodes(

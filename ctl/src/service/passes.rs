@@ -64,6 +64,11 @@ impl Passes {
         }
     }
 
+    /// The nodes that watch, ascending.
+    pub(super) fn connected(&self) -> Vec<NodeId> {
+        self.lock().nodes.keys().copied().collect()
+    }
+
     /// Has the volume verified by its head, or by a node that may become it. Nothing if none of them is connected.
     pub(super) fn verify(&self, record: &Record, verify: u64) -> Option<UnboundedReceiver<CheckReport>> {
         let mut state = self.lock();

@@ -35,6 +35,8 @@ pub struct CtlConfig {
     pub listen: String,
     /// Listen where other machines can connect, though nobody is asked who he is.
     pub insecure: bool,
+    /// A node that is not connected for so long is replaced; nothing: never.
+    pub replace_after: Option<Duration>,
 }
 
 /// Why `berth ctl` ended.
@@ -97,6 +99,9 @@ pub fn run(config: &CtlConfig) -> Result<(), CtlError> {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(process("listen"))?;
         let service = ControlService::new(Arc::new(store))?;
+        if let Some(grace) = config.replace_after {
+            tokio::spawn(service.clone().heal_for_ever(grace));
+        }
         println!("ready http://{address}");
         serve(service, listener, stopped(stop)).await?;
         Ok(())
@@ -161,7 +166,7 @@ mod tests {
     use super::*;
 
     fn config(listen: &str, insecure: bool) -> CtlConfig {
-        CtlConfig { store: PathBuf::from("unused"), listen: listen.to_owned(), insecure }
+        CtlConfig { store: PathBuf::from("unused"), listen: listen.to_owned(), insecure, replace_after: None }
     }
 
     #[test]

@@ -90,6 +90,9 @@ pub enum MessageError {
     /// Sequences go on from epoch to epoch.
     #[error("epoch_ends: the sequence falls in epoch {0}")]
     EndFalls(u32),
+    /// One in sync holds what all of them hold, and one that is not there holds nothing.
+    #[error("fresh: node {0} is neither catching up nor stale")]
+    FreshElsewhere(u32),
     /// A replica cannot have been left out by a version that is still to come.
     #[error("stale: node {0} is left out since a version that is not there yet")]
     StaleAhead(u32),
@@ -132,6 +135,8 @@ pub fn record_to_message(record: &Record) -> proto::Record {
             .map(|stale| proto::StaleReplica { node: stale.node.0, since_version: stale.since_version })
             .collect(),
         min_in_sync: record.min_in_sync,
+        fresh: numbers(&record.fresh),
+        replicas_wanted: record.replicas_wanted,
         epoch_ends: record
             .epoch_ends
             .iter()
@@ -159,6 +164,7 @@ pub fn record_from_message(message: proto::Record) -> Result<Record, MessageErro
         node_from_number("stale", stale.node).map(|node| StaleReplica { node, since_version })
     });
     let ends = message.epoch_ends.iter();
+    let all = message.in_sync.len() + message.catching_up.len() + message.stale.len();
     let record = Record {
         volume: volume_from_number(message.volume)?,
         name: name.to_string(),
@@ -174,6 +180,12 @@ pub fn record_from_message(message: proto::Record) -> Result<Record, MessageErro
         catching_up: nodes("catching_up", &message.catching_up)?,
         stale: stale.collect::<Result<_, MessageError>>()?,
         min_in_sync: message.min_in_sync,
+        fresh: nodes("fresh", &message.fresh)?,
+        // Records of a time when no replica could be added say nothing.
+        replicas_wanted: match message.replicas_wanted {
+            0 => u32::try_from(all).expect("checked above"),
+            wanted => wanted,
+        },
         epoch_ends: ends.map(|end| EpochEnd { epoch: end.epoch, sequence: end.sequence }).collect(),
     };
     check_record(&record)?;
@@ -198,7 +210,13 @@ fn check_counts(message: &proto::Record) -> Result<(), MessageError> {
 pub fn check_record(record: &Record) -> Result<(), MessageError> {
     record.name.parse::<VolumeName>()?;
     size_from_number(record.size_blocks)?;
-    for (field, number) in [("version", record.version), ("min_in_sync", u64::from(record.min_in_sync))] {
+    let replicas_wanted = u64::from(record.replicas_wanted);
+    let numbers = [
+        ("version", record.version),
+        ("min_in_sync", u64::from(record.min_in_sync)),
+        ("replicas_wanted", replicas_wanted),
+    ];
+    for (field, number) in numbers {
         if number == 0 {
             return Err(MessageError::Zero(field));
         }
@@ -230,13 +248,19 @@ fn check_lists(record: &Record) -> Result<(), MessageError> {
         ("in_sync", record.in_sync.is_sorted_by(|one, next| one < next)),
         ("catching_up", record.catching_up.is_sorted_by(|one, next| one < next)),
         ("stale", record.stale.is_sorted_by(|one, next| one.node < next.node)),
+        ("fresh", record.fresh.is_sorted_by(|one, next| one < next)),
         ("epoch_ends", record.epoch_ends.is_sorted_by(|one, next| one.epoch < next.epoch)),
     ];
     if let Some((list, _)) = lists.into_iter().find(|(_, sorted)| !sorted) {
         return Err(MessageError::Order(list));
     }
-    match record.replicas().windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(MessageError::TwoStates(pair[0].0)),
+    let replicas = record.replicas();
+    if let Some(pair) = replicas.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(MessageError::TwoStates(pair[0].0));
+    }
+    let is_elsewhere = |node: &&NodeId| record.is_in_sync(**node) || !replicas.contains(node);
+    match record.fresh.iter().find(is_elsewhere) {
+        Some(node) => Err(MessageError::FreshElsewhere(node.0)),
         None => Ok(()),
     }
 }

@@ -31,7 +31,7 @@ pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Most bytes of a record on the wire: its lists, of numbers with 10 bytes at most, and a kilobyte for the rest.
-const RECORD_BYTES_MAX: usize = REPLICAS_MAX * 24 + EPOCH_ENDS_MAX * 20 + 1024;
+const RECORD_BYTES_MAX: usize = REPLICAS_MAX * 34 + EPOCH_ENDS_MAX * 20 + 1024;
 
 /// The same for what is told of the passes over its volume, without the blocks that they found.
 const PASSES_BYTES_MAX: usize = REPLICAS_MAX * 10 + 1024;

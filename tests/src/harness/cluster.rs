@@ -59,7 +59,15 @@ impl Cluster {
     /// If one of them does not get ready.
     #[must_use]
     pub fn start(scratch: &Scratch, nodes: usize, pool_mib: u64) -> Cluster {
-        let ctl = Ctl::start(&scratch.file("records"));
+        Cluster::start_under(scratch, Ctl::start(&scratch.file("records")), nodes, pool_mib)
+    }
+
+    /// The same under a ctl that was started.
+    ///
+    /// # Panics
+    /// If one of them does not get ready.
+    #[must_use]
+    pub fn start_under(scratch: &Scratch, ctl: Ctl, nodes: usize, pool_mib: u64) -> Cluster {
         Cluster::start_nodes(scratch, ctl, nodes, pool_mib, None)
     }
 

@@ -28,6 +28,7 @@ pub struct Ctl {
     place: Place,
     store: PathBuf,
     listen: String,
+    arguments: Vec<String>,
 }
 
 impl Ctl {
@@ -37,10 +38,20 @@ impl Ctl {
     /// If it does not get ready.
     #[must_use]
     pub fn start(store: &Path) -> Ctl {
+        Ctl::start_with(store, &[])
+    }
+
+    /// The same with more arguments.
+    ///
+    /// # Panics
+    /// If it does not get ready.
+    #[must_use]
+    pub fn start_with(store: &Path, arguments: &[&str]) -> Ctl {
         // A restart must listen where the nodes look: the port is chosen here. Another process may take it meanwhile,
         // which would fail the test and prove nothing wrong.
         let free = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
-        Ctl::start_at(&Place::here(), store, &free.to_string())
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        Ctl::start_at(&Place::here(), store, &free.to_string(), arguments)
     }
 
     /// Starts it on this store, on a machine of its own.
@@ -49,15 +60,15 @@ impl Ctl {
     /// If it does not get ready.
     #[must_use]
     pub fn start_on(place: &Place, store: &Path) -> Ctl {
-        Ctl::start_at(place, store, &format!("{}:7440", place.address()))
+        Ctl::start_at(place, store, &format!("{}:7440", place.address()), Vec::new())
     }
 
-    fn start_at(place: &Place, store: &Path, listen: &str) -> Ctl {
+    fn start_at(place: &Place, store: &Path, listen: &str, arguments: Vec<String>) -> Ctl {
         let mut command = berth_at(place, &["ctl", "--listen", listen]);
         if place.is_apart() {
             command.arg("--insecure");
         }
-        command.arg(format!("--store=redb:{}", store.display()));
+        command.arg(format!("--store=redb:{}", store.display())).args(&arguments);
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -67,7 +78,7 @@ impl Ctl {
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("text");
         let url = line.trim().strip_prefix("ready http://");
         assert_eq!(url, Some(listen), "berth ctl says {line:?}");
-        Ctl { child, place: place.clone(), store: store.to_owned(), listen: listen.to_owned() }
+        Ctl { child, place: place.clone(), store: store.to_owned(), listen: listen.to_owned(), arguments }
     }
 
     /// Where it is.
@@ -97,7 +108,7 @@ impl Ctl {
 
     /// Starts it again in the same place.
     pub fn restart(&mut self) {
-        *self = Ctl::start_at(&self.place, &self.store, &self.listen);
+        *self = Ctl::start_at(&self.place, &self.store, &self.listen, self.arguments.clone());
     }
 
     /// SIGTERM. Returns how long it took to end.

@@ -198,7 +198,7 @@ pub fn summary(report: &Report) -> String {
 pub fn cluster_summary(report: &ClusterReport) -> String {
     format!(
         "{} requests, {} errors, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
-         {} failovers, {} epochs, {} removals, {} admissions, {} record changes, {} commits, {} messages\n\
+         {} failovers, {} epochs, {} removals, {} admissions, {} replaced, {} record changes, {} commits, {} messages\n\
          {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas\n\
          {} disk errors, {} flipped bits, {} refused starts, {} empty disks; {} writes without space\n\
          {} passes over volumes, {} blocks compared, {} made good",
@@ -212,6 +212,7 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.epochs,
         report.removals,
         report.admissions,
+        report.replacements,
         report.record_changes,
         report.commits,
         report.messages,

@@ -209,7 +209,15 @@ impl Head {
     /// was that and needs nothing more.
     pub(super) fn filled_promised(&mut self, now: Moment, member: NodeId, last: Stamp) -> bool {
         let wrong = self.bugs.has(PlantedBug::WrongCommonPoint);
-        let base = if wrong { last } else { self.record.common_point(last) };
+        // The ends of epochs that the record keeps begin after a replica was left out, not before one was added.
+        let fresh = self.record.fresh.contains(&member);
+        let base = if fresh {
+            Stamp::default()
+        } else if wrong {
+            last
+        } else {
+            self.record.common_point(last)
+        };
         let Role::Lead(lead) = &mut self.role else { return false };
         let Some(fill) = lead.fills.now.as_mut().filter(|fill| fill.member == member) else { return false };
         if fill.is_admitting() {
@@ -378,6 +386,7 @@ impl Head {
         wanted.version += 1;
         wanted.proposal = proposal_of(&self.record);
         wanted.catching_up.retain(|node| *node != member);
+        wanted.fresh.retain(|node| *node != member);
         wanted.in_sync.push(member);
         wanted.in_sync.sort_unstable();
         if wanted.stale.is_empty() && wanted.catching_up.is_empty() {

@@ -299,6 +299,12 @@ impl Head {
         peer.is_some_and(|peer| peer.phase == Phase::Following)
     }
 
+    /// Is a replica being filled?
+    #[must_use]
+    pub fn is_filling(&self) -> bool {
+        self.lead().is_some_and(|lead| !lead.fills.is_idle())
+    }
+
     /// The epoch that this node leads, or is about to; 0 if none.
     #[must_use]
     pub fn epoch(&self) -> u32 {

@@ -513,4 +513,47 @@ mod tests {
         head.stream(START.after_ns(super::super::GATHER_SILENCE_NS));
         assert_eq!(sent(&mut head)[1], [7 + GATHERED_CHANGES_MAX], "nobody waits for who is silent");
     }
+
+    /// It may have had a replica before, left at a time of which the ends of epochs are forgotten.
+    #[test]
+    fn nothing_that_an_added_node_holds_counts() {
+        let newcomer = NodeId(3);
+        for fresh in [true, false] {
+            let mut head = serving();
+            let mut record = head.record().with_replica(newcomer, 9).expect("it has none");
+            if !fresh {
+                record.fresh.clear();
+            }
+            head.handle_record(START, &record, |_| true);
+            let marked = proposal(&mut head).expect("it is to catch up");
+            assert_eq!((&marked.catching_up[..], marked.fresh.len()), (&[newcomer][..], usize::from(fresh)));
+            head.handle_record(START, &marked, |_| true);
+            while head.poll_effect().is_some() {}
+            head.promised(START, newcomer, head.epoch(), Stamp { epoch: 1, sequence: 0 }, 0);
+            let asked = std::iter::from_fn(|| head.poll_effect()).next();
+            match asked {
+                Some(HeadEffect::Fill { member, .. }) if fresh => assert_eq!(member, newcomer),
+                Some(HeadEffect::Compare { base, .. }) if !fresh => assert_eq!(base.epoch, 1),
+                other => panic!("fresh {fresh}: {other:?}"),
+            }
+        }
+    }
+
+    /// Somebody adds a replica while this node becomes the head: the news of that may come first, and alone.
+    #[test]
+    fn a_record_that_somebody_changed_since_still_tells_what_became_of_the_own_proposal() {
+        let mut record = Record::new(VolumeNumber(1), "v", [1; 16], 1000, &NODES);
+        record.min_in_sync = 2;
+        let mut head = Head::new(NODES[0], record);
+        head.take(START, 1);
+        let opened = proposal(&mut head).expect("asks for an epoch");
+        let opened = opened.with_replica(NodeId(3), 7).expect("it has none");
+        head.handle_record(START, &opened, |_| true);
+        NODES.iter().for_each(|node| head.promised(START, *node, opened.epoch, Stamp::default(), 0));
+        let started = proposal(&mut head).expect("asks for its start");
+        let started = started.without_replica(NodeId(3), 8).expect("not in sync");
+        head.handle_record(START, &started, |_| true);
+        head.handle_timeout(START);
+        assert!(head.is_serving(), "{}", head.describe());
+    }
 }

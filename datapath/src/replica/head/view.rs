@@ -38,7 +38,8 @@ impl Head {
         match &mut self.role {
             Role::Idle => {}
             Role::Proposing { wanted, .. } => {
-                if **wanted == *record {
+                // Somebody who adds a replica may have changed the record since.
+                if (wanted.epoch, wanted.head) == (record.epoch, record.head) {
                     self.gather(now, connected);
                 } else {
                     self.resign();
@@ -48,9 +49,9 @@ impl Head {
                 if record.epoch != lead.epoch {
                     return self.resign();
                 }
-                // Ours, or one that came before it: either way it is decided.
-                let open = lead.open.take().map(|(open, _)| open);
-                if lead.stage == Stage::Starting && open.as_deref() == Some(record) {
+                // Ours, or one that came before or after it: either way it is decided.
+                lead.open = None;
+                if lead.stage == Stage::Starting && record.started {
                     self.wait_for_grants(now);
                 } else if lead.stage == Stage::Starting {
                     self.start(now);

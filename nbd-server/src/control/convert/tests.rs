@@ -12,6 +12,8 @@ fn full_record() -> Record {
         head: Some(HeadSession { node: NodeId(7), session: 77 }),
         catching_up: vec![NodeId(2)],
         stale: vec![StaleReplica { node: NodeId(4), since_version: 8 }],
+        fresh: vec![NodeId(2), NodeId(4)],
+        replicas_wanted: 3,
         epoch_ends: vec![EpochEnd { epoch: 2, sequence: 10 }, EpochEnd { epoch: 4, sequence: 10 }],
         ..Record::new(VolumeNumber(6), "data", [9; 16], 1 << 32, &nodes)
     }
@@ -22,6 +24,12 @@ fn a_record_comes_back_as_it_went() {
     for record in [full_record(), Record::new(VolumeNumber(1), "v", [0; 16], 1, &[NodeId(1)])] {
         assert_eq!(record_from_message(record_to_message(&record)), Ok(record));
     }
+}
+
+#[test]
+fn a_record_without_a_wish_wants_the_replicas_that_it_has() {
+    let message = proto::Record { replicas_wanted: 0, ..record_to_message(&full_record()) };
+    assert_eq!(record_from_message(message).expect("a record").replicas_wanted, 4);
 }
 
 #[test]
@@ -52,6 +60,9 @@ fn every_broken_rule_is_named() {
             |m| m.stale[0].since_version = 10,
             "stale: node 4 is left out since a version that is not there yet",
         ),
+        (|m| m.fresh = vec![3], "fresh: node 3 is neither catching up nor stale"),
+        (|m| m.fresh = vec![5], "fresh: node 5 is neither catching up nor stale"),
+        (|m| m.fresh.reverse(), "fresh is not in ascending order without duplicates"),
         (|m| m.in_sync = (1..=63).collect(), "replicas: 65 entries, more than 64"),
         (|m| m.epoch_ends = vec![m.epoch_ends[0]; 1025], "epoch_ends: 1025 entries, more than 1024"),
         (|m| m.epoch_ends.reverse(), "epoch_ends is not in ascending order without duplicates"),

@@ -1,6 +1,7 @@
 //! Clients that follow a volume from node to node.
 
 use datapath::engine::ports::ConnectionId;
+use datapath::record::Record;
 use datapath::units::Moment;
 
 use super::{Happening, MILLISECOND_NS, SECOND_NS, Stage, World, id, index};
@@ -433,6 +434,9 @@ impl World {
             assert!(waited_ns < EQUAL_NS_MAX, "{difference}\n{}", self.describe());
             return;
         }
+        if self.options.replacements && self.swarm.illness.is_none() && !self.is_whole() {
+            return;
+        }
         if self.options.rot && !self.is_all_verified() {
             return;
         }
@@ -448,6 +452,16 @@ impl World {
             return;
         }
         self.stage = Stage::Done;
+    }
+}
+
+impl World {
+    /// Has every replica that was added been filled, and every other one come back? That takes a head.
+    fn is_whole(&mut self) -> bool {
+        let whole = |record: &Record| record.catching_up.is_empty() && record.stale.is_empty();
+        let lacking = (0..self.volumes.len()).find(|volume| !whole(self.records.get(*volume)));
+        lacking.into_iter().for_each(|volume| self.have_it_led(volume));
+        lacking.is_none()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::disks::Illness;
 use super::links::Blocks;
-use super::{ClusterOptions, Happening, MILLISECOND_NS, SECOND_NS, Stage, World, index};
+use super::{ClusterOptions, Happening, MILLISECOND_NS, SECOND_NS, Stage, World, id, index};
 use crate::sim::random::Random;
 use crate::sim::trace;
 use crate::sim::workload::Pattern;
@@ -67,6 +67,7 @@ enum Kind {
     Split,
     Rot,
     NewDisk,
+    Replacement,
 }
 
 /// What ends by itself.
@@ -124,6 +125,9 @@ impl Swarm {
         if illness.is_some_and(|illness| illness.new_disks) {
             likely.extend([Kind::NewDisk; 2]);
         }
+        if options.replacements {
+            likely.extend(std::iter::repeat_n(Kind::Replacement, 3 + likely.len()));
+        }
         if likely.is_empty() {
             likely.push(Kind::Move);
         }
@@ -131,7 +135,11 @@ impl Swarm {
             |random: &mut Random, percent: u64, value: u64| if random.percent(percent) { value } else { 0 };
         let bytes_max = *random.pick(&[16 << 10, 128 << 10, 1 << 20]);
         Swarm {
-            faults: if options.peace || options.splits { 3 } else { random.range(2..=9) },
+            faults: match options {
+                ClusterOptions { peace: true, .. } | ClusterOptions { splits: true, .. } => 3,
+                ClusterOptions { replacements: true, .. } => random.range(6..=20),
+                _ => random.range(2..=9),
+            },
             kinds: likely,
             clients: random.range(if options.splits { 3 } else { 1 }..=4),
             pattern: match Pattern::draw(random, bytes_max) {
@@ -212,6 +220,7 @@ impl World {
             Kind::Split => self.split(),
             Kind::Rot => self.rot(),
             Kind::NewDisk => self.lose_disk(),
+            Kind::Replacement => self.replace_replica(node),
             Kind::Move => {
                 let volume = self.random.index(self.volumes.len());
                 self.volumes[volume].home = node;
@@ -241,6 +250,30 @@ impl World {
         }
         self.stop(node, power_cut);
         self.start_later(node);
+    }
+
+    /// Somebody takes out the replica of a node, if it is not in sync, or gives it one.
+    fn replace_replica(&mut self, node: usize) {
+        let volume = self.random.index(self.volumes.len());
+        let (present, proposal) = (self.records.get(volume), self.random.bits());
+        let changed = if present.replicas().contains(&id(node)) {
+            present.without_replica(id(node), proposal).ok().filter(|next| next.replicas().len() > 1)
+        } else {
+            present.with_replica(id(node), proposal).ok()
+        };
+        let Some(record) = changed else { return };
+        trace::note(
+            Moment(self.now_ns),
+            "replica added or taken out: volume, node, version",
+            [volume as u64, node as u64, record.version],
+        );
+        // The version that takes a node out is the last one that it is told.
+        let mut concerned = present.replicas();
+        concerned.extend(record.replicas());
+        concerned.sort_unstable();
+        concerned.dedup();
+        self.records.replace(volume, record.clone());
+        concerned.into_iter().for_each(|node| self.send_news(index(node), record.clone()));
     }
 
     fn cut_some_link(&mut self) {

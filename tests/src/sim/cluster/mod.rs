@@ -74,6 +74,8 @@ pub struct ClusterOptions {
     pub stalls: bool,
     /// Blocks of one node rot, and nobody makes them good but the nodes themselves.
     pub rot: bool,
+    /// Replicas are added and taken out all the time, on nodes that had one before, too.
+    pub replacements: bool,
 }
 
 const PLAIN: ClusterOptions = ClusterOptions {
@@ -84,11 +86,12 @@ const PLAIN: ClusterOptions = ClusterOptions {
     splits: false,
     stalls: false,
     rot: false,
+    replacements: false,
     bugs: Bugs::none(),
 };
 
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 7] = [
+const SCENARIOS: [(&str, ClusterOptions); 8] = [
     ("peace", ClusterOptions { peace: true, ..PLAIN }),
     // Writes, syncs and reads that fail, flipped bits, and disks that are empty all at once.
     ("disks", ClusterOptions { disks: true, ..PLAIN }),
@@ -100,6 +103,8 @@ const SCENARIOS: [(&str, ClusterOptions); 7] = [
     ("splits", ClusterOptions { splits: true, ..PLAIN }),
     // A head that stands still goes by what the clock shows when it wakes up.
     ("stalls", ClusterOptions { splits: true, stalls: true, ..PLAIN }),
+    // A node that has no replica any more gets one again, and remembers the old one.
+    ("replacements", ClusterOptions { replacements: true, ..PLAIN }),
     // Heads on all nodes take the volume from each other as fast as they can.
     ("fights", ClusterOptions { fights: true, ..PLAIN }),
 ];
@@ -129,6 +134,8 @@ pub struct ClusterReport {
     pub removals: u64,
     /// Replicas that came back.
     pub admissions: u64,
+    /// Replicas that were added or taken out.
+    pub replacements: u64,
     /// Changes that heads reported as committed.
     pub commits: u64,
     /// Parts of streams that one node received from another.
@@ -183,6 +190,7 @@ impl ClusterReport {
         self.epochs += other.epochs;
         self.removals += other.removals;
         self.admissions += other.admissions;
+        self.replacements += other.replacements;
         self.commits += other.commits;
         self.messages += other.messages;
         self.record_changes += other.record_changes;
@@ -329,7 +337,8 @@ impl World {
             let mut replicas: Vec<NodeId> = (0..nodes.len()).map(id).collect();
             draw.shuffle(&mut replicas);
             let most = replicas.len().min(3);
-            replicas.truncate(if most > 2 && draw.percent(70) { 3 } else { 2 });
+            let three = most > 2 && draw.percent(if options.replacements { 30 } else { 70 });
+            replicas.truncate(if three { 3 } else { 2 });
             let name = format!("volume-{volume}");
             let mut record = Record::new(number(volume), &name, [9; 16], size_blocks, &replicas);
             record.min_in_sync = if draw.percent(50) { 1 } else { 2 };
@@ -564,6 +573,7 @@ impl World {
         self.report.epochs = self.records.all().iter().map(|record| u64::from(record.epoch)).sum();
         self.report.removals = self.records.removals;
         self.report.admissions = self.records.admissions;
+        self.report.replacements = self.records.replaced;
         self.report.record_changes = self.records.accepted;
         self.report.virtual_ns = self.now_ns - SECOND_NS;
         self.report.digest = trace::digest();
@@ -572,7 +582,7 @@ impl World {
 }
 
 fn draw_nodes(draw: &mut Random, random: &Random, options: ClusterOptions, swarm: &Swarm) -> Vec<Node> {
-    let count = *draw.pick(&[2, 3, 3, 3, 3, 4, 5]);
+    let count = *draw.pick(if options.replacements { &[3, 4] } else { &[2, 3, 3, 3, 3, 4, 5][..] });
     let lanes = if draw.percent(80) || options.full { 1 } else { 2 };
     // Where pools are small, it is the first one's or everybody's.
     let all_small = options.full && draw.percent(40);

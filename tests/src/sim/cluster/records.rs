@@ -13,11 +13,13 @@ pub(super) struct Records {
     pub(super) admissions: u64,
     /// Epochs that started.
     pub(super) started: u64,
+    /// Replicas that somebody added or took out.
+    pub(super) replaced: u64,
 }
 
 impl Records {
     pub(super) fn new(records: Vec<Record>) -> Records {
-        Records { records, accepted: 0, removals: 0, admissions: 0, started: 0 }
+        Records { records, accepted: 0, removals: 0, admissions: 0, started: 0, replaced: 0 }
     }
 
     pub(super) fn get(&self, volume: usize) -> &Record {
@@ -26,6 +28,15 @@ impl Records {
 
     pub(super) fn all(&self) -> &[Record] {
         &self.records
+    }
+
+    /// Somebody adds a replica, or takes one out, that is not in sync.
+    pub(super) fn replace(&mut self, volume: usize, record: Record) {
+        let present = &self.records[volume];
+        assert_eq!((record.version, &record.in_sync), (present.version + 1, &present.in_sync));
+        self.accepted += 1;
+        self.replaced += 1;
+        self.records[volume] = record;
     }
 
     /// A proposal has arrived: it takes effect if it replaces the present record. Says whether it did.
@@ -78,6 +89,10 @@ fn assert_succession(present: &Record, proposed: &Record) {
         assert!(was_filled, "{joiner:?} comes back without having been filled: {}", what());
     }
     assert_eq!(present.replicas(), proposed.replicas(), "every replica is somewhere: {}", what());
+    let trusted =
+        present.fresh.iter().filter(|node| !proposed.fresh.contains(node) && !proposed.is_in_sync(**node));
+    assert_eq!(trusted.count(), 0, "fresh until in sync: {}", what());
+    assert!(proposed.fresh.iter().all(|node| present.fresh.contains(node)), "{}", what());
     let ends = &proposed.epoch_ends;
     assert!(ends.windows(2).all(|pair| pair[0].epoch < pair[1].epoch), "{}", what());
     assert!(ends.windows(2).all(|pair| pair[0].sequence <= pair[1].sequence), "{}", what());

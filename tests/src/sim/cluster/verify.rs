@@ -181,6 +181,15 @@ impl World {
         assert!(silent.is_none(), "nothing is heard of {silent:?}\n{}", self.describe());
     }
 
+    /// Whoever is asked to verify a volume leads it meanwhile.
+    pub(super) fn have_it_led(&mut self, volume: usize) {
+        let asked = self.verifies.open.values().any(|open| open.volume == volume);
+        let head = self.records.get(volume).head.map(|head| index(head.node));
+        if let Some(node) = head.filter(|_| !asked) {
+            self.verify_at(volume, node);
+        }
+    }
+
     /// Faults have ended, and what has rotted is not made good by anybody but the nodes: is it?
     pub(super) fn is_all_verified(&mut self) -> bool {
         let since_ns = self.calm_since_ns;
@@ -190,11 +199,7 @@ impl World {
                 continue;
             }
             all = false;
-            let asked = self.verifies.open.values().any(|open| open.volume == volume);
-            let head = self.records.get(volume).head.map(|head| index(head.node));
-            if let Some(node) = head.filter(|_| !asked) {
-                self.verify_at(volume, node);
-            }
+            self.have_it_led(volume);
         }
         all
     }

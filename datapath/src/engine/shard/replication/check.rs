@@ -171,7 +171,9 @@ impl<M: Memory> Shard<M> {
         let checking = &mut replicas[index].checking;
         check_reports.extend(std::iter::from_fn(|| checking.checks.poll_report()));
         let wanted = checking.waiting.is_some() || checking.checks.is_verifying();
-        if checking.leads_for_it && !wanted {
+        // What is being filled would begin anew with the next head.
+        if checking.leads_for_it && !wanted && !replicas[index].head.is_filling() {
+            let checking = &mut replicas[index].checking;
             checking.leads_for_it = false;
             let replica = &mut replicas[index];
             // Whoever wants the volume elsewhere need not wait until this node ends.

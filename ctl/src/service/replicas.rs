@@ -1,0 +1,209 @@
+//! Replicas that are added and forgotten: by people, and by `heal` when a node stays away.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use datapath::record::{NodeId, Record, ReplicaError};
+use nbd_server::control::limits::REPLICAS_MAX;
+use nbd_server::control::proto;
+use nbd_server::node_name::NodeName;
+use nbd_server::random::random_number;
+use nbd_server::volume_name::VolumeName;
+use tokio::time::Instant;
+use tonic::{Request, Response, Status};
+
+use super::{ControlService, invalid, volume_reply};
+use crate::heal::{self, Decision, Presence, Step};
+use crate::record_store::{RecordStore, StoreError, VolumeKey};
+
+/// A record that others change at the same time is tried so often.
+const ATTEMPTS_MAX: usize = 16;
+/// Between two looks at what must be healed, at most and at least.
+const LOOK_MAX: Duration = Duration::from_secs(5);
+const LOOK_MIN: Duration = Duration::from_millis(100);
+
+/// When nodes that are not connected were seen last.
+#[derive(Debug, Default)]
+pub(super) struct Absences(Mutex<BTreeMap<NodeId, Instant>>);
+
+impl Absences {
+    /// How all these nodes are, if those of `here` are connected.
+    fn look(&self, nodes: &[NodeId], here: &[NodeId], now: Instant) -> BTreeMap<NodeId, Presence> {
+        let mut since = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        since.retain(|node, _| nodes.contains(node) && !here.contains(node));
+        let presence = |node: &NodeId| {
+            if here.contains(node) {
+                return (*node, Presence::Here);
+            }
+            // Nobody knows for how long it had been away when ctl started.
+            (*node, Presence::Away(now.duration_since(*since.entry(*node).or_insert(now))))
+        };
+        nodes.iter().map(presence).collect()
+    }
+}
+
+/// Changes the record, whatever others do to it meanwhile.
+fn change(
+    store: &dyn RecordStore,
+    key: &VolumeKey,
+    change: impl Fn(&Record, u64) -> Result<Record, ReplicaError>,
+) -> Result<Result<Record, ReplicaError>, StoreError> {
+    let mut record = store.get(key)?;
+    for attempt in 1.. {
+        let proposal = random_number().map_err(|error| StoreError::Backend(Box::new(error)))?;
+        let next = match change(&record, proposal) {
+            Ok(next) => next,
+            Err(error) => return Ok(Err(error)),
+        };
+        match store.compare_and_swap(record.version, &next) {
+            Ok(()) => return Ok(Ok(next)),
+            Err(StoreError::Conflict(present)) if attempt < ATTEMPTS_MAX => record = *present,
+            Err(error) => return Err(error),
+        }
+    }
+    unreachable!("the last attempt returns")
+}
+
+/// Somebody wants one more.
+fn add(record: &Record, node: NodeId, proposal: u64) -> Result<Record, ReplicaError> {
+    let mut next = record.with_replica(node, proposal)?;
+    next.replicas_wanted = next.replicas_wanted.max(count(&next));
+    Ok(next)
+}
+
+/// Somebody wants one less.
+fn remove(record: &Record, node: NodeId, proposal: u64) -> Result<Record, ReplicaError> {
+    let mut next = record.without_replica(node, proposal)?;
+    next.replicas_wanted = next.replicas_wanted.min(count(&next));
+    Ok(next)
+}
+
+fn count(record: &Record) -> u32 {
+    u32::try_from(record.replicas().len()).expect("64 at most")
+}
+
+impl ControlService {
+    pub(super) async fn add_replica_to(
+        &self,
+        request: Request<proto::ReplicaRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        let (key, name, node) = self.named(request).await?;
+        let found = self.call({
+            let key = key.clone();
+            move |store| store.get(&key)
+        });
+        if found.await?.replicas().len() >= REPLICAS_MAX {
+            let text = format!("volume {key} has {REPLICAS_MAX} replicas already, and no more are allowed");
+            return Err(Status::failed_precondition(text));
+        }
+        let changed =
+            self.call(move |store| change(store, &key, |record, proposal| add(record, node, proposal)));
+        self.changed(changed.await?, &name, "replica added")
+    }
+
+    pub(super) async fn remove_replica_from(
+        &self,
+        request: Request<proto::ReplicaRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        let (key, name, node) = self.named(request).await?;
+        let changed =
+            self.call(move |store| change(store, &key, |record, proposal| remove(record, node, proposal)));
+        self.changed(changed.await?, &name, "replica removed")
+    }
+
+    async fn named(
+        &self,
+        request: Request<proto::ReplicaRequest>,
+    ) -> Result<(VolumeKey, NodeName, NodeId), Status> {
+        let message = request.into_inner();
+        let volume: VolumeName =
+            message.name.parse().map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?;
+        let name: NodeName =
+            message.node.parse().map_err(|error: nbd_server::node_name::NodeNameError| invalid(error))?;
+        let nodes = self.call(|store| store.nodes()).await?;
+        let node = nodes.into_iter().find(|node| node.name == name).map(|node| node.node);
+        let node = node.ok_or_else(|| super::status_of(&StoreError::NoNode(name.clone())))?;
+        Ok((VolumeKey::Name(volume), name, node))
+    }
+
+    #[expect(clippy::unused_self, reason = "it reads as the end of a call")]
+    fn changed(
+        &self,
+        outcome: Result<Record, ReplicaError>,
+        node: &NodeName,
+        what: &str,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        let record = outcome.map_err(|error| {
+            Status::failed_precondition(match error {
+                ReplicaError::There(_) => format!("node {node} has a replica of the volume already"),
+                ReplicaError::NotThere(_) => format!("node {node} has no replica of the volume"),
+                ReplicaError::InSync(_) => format!(
+                    "the replica on node {node} is in sync, and is needed: only one that is away can be taken out"
+                ),
+            })
+        })?;
+        tracing::info!(volume = record.name, node = %node, "{what}");
+        Ok(volume_reply(&record))
+    }
+
+    /// Gives what nodes held that are gone for `grace` to others, until the service is closed.
+    pub async fn heal_for_ever(self, grace: Duration) {
+        let mut closed = self.feed.watch(None).1;
+        let pause = (grace / 20).clamp(LOOK_MIN, LOOK_MAX);
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                ended = super::feed::closed(&mut closed) => return ended,
+            }
+            if let Err(error) = self.heal_once(grace).await {
+                tracing::warn!(error = error.message(), "cannot see what must be healed");
+            }
+        }
+    }
+
+    async fn heal_once(&self, grace: Duration) -> Result<(), Status> {
+        let nodes = self.call(|store| store.nodes()).await?;
+        let known: Vec<NodeId> = nodes.iter().map(|node| node.node).collect();
+        let presence = self.absences.look(&known, &self.passes.connected(), Instant::now());
+        let steps = heal::steps(&self.feed.records(), &presence, grace);
+        for decision in steps {
+            let step = decision.step;
+            let (Step::Add(volume, node) | Step::Remove(volume, node)) = step;
+            let name = nodes.iter().find(|known| known.node == node).map(|known| known.name.to_string());
+            let done = self.call(move |store| take(store, decision)).await?;
+            if let Some(record) = done {
+                let what = match step {
+                    Step::Add(..) => "a replica was lost: this node gets another one",
+                    Step::Remove(..) => "the replica that this node had is not needed any more",
+                };
+                tracing::info!(volume = record.name, number = volume.0, node = name, "{what}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Does a step, unless the record has changed since.
+fn take(store: &dyn RecordStore, Decision { step, version }: Decision) -> Result<Option<Record>, StoreError> {
+    let (Step::Add(volume, _) | Step::Remove(volume, _)) = step;
+    let record = match store.get(&VolumeKey::Number(volume)) {
+        Err(StoreError::NoVolume(_)) => return Ok(None),
+        found => found?,
+    };
+    if record.version != version {
+        return Ok(None);
+    }
+    let proposal = random_number().map_err(|error| StoreError::Backend(Box::new(error)))?;
+    let next = match step {
+        Step::Add(_, node) => record.with_replica(node, proposal),
+        Step::Remove(_, node) => record.without_replica(node, proposal),
+    };
+    let Ok(next) = next else { return Ok(None) };
+    match store.compare_and_swap(record.version, &next) {
+        Ok(()) => Ok(Some(next)),
+        // The next look decides anew.
+        Err(StoreError::Conflict(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
