@@ -250,7 +250,7 @@ fn start_courier(
                 News::Record(record) => {
                     tracing::info!(volume = %record.name, version = record.version, epoch = record.epoch,
                         head = ?record.head.map(|head| head.node), in_sync = ?record.in_sync, "record");
-                    post(&mailbox, Message::Record(Box::new(record)));
+                    post(&mailbox, Message::Record(record));
                 }
                 News::Verify { volume, verify } => {
                     tracing::info!(volume = volume.0, "somebody wants a volume verified");

@@ -93,7 +93,7 @@ fn a_node_hears_of_its_own_volumes_and_of_all_nodes() {
     let head = Some(HeadSession { node: NodeId(1), session: 77 });
     let led = Record { epoch: 1, head, ..next(&unheard, 3) };
     one.link.send(Command::Propose(led.clone()));
-    assert_eq!(one.wait_for("the next version", Some), News::Record(led));
+    assert_eq!(one.wait_for("the next version", Some), News::Record(Box::new(led)));
     // What it has nothing to do with, it can ask for.
     one.link.send(Command::Read(VolumeNumber(2)));
     assert_eq!(one.wait_for_version(VolumeNumber(2), 1).name, "w");

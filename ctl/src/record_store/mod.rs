@@ -50,7 +50,7 @@ pub struct NewVolume {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// A record is new, or has a new version.
-    Record(Record),
+    Record(Box<Record>),
     /// A volume was deleted.
     Gone(VolumeNumber),
     /// All nodes, by number, because one is new or has changed.

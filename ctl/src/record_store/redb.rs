@@ -208,7 +208,7 @@ impl RecordStore for RedbStore {
             check_succession(&current, record)?;
             put_record(&mut volumes, record)?;
         }
-        Self::commit(write, &listener, || Change::Record(record.clone()))
+        Self::commit(write, &listener, || Change::Record(Box::new(record.clone())))
     }
 
     fn create(&self, volume: &NewVolume) -> Result<Record, StoreError> {
@@ -235,7 +235,7 @@ impl RecordStore for RedbStore {
             put_record(&mut write.open_table(VOLUMES).map_err(backend)?, &record)?;
             record
         };
-        Self::commit(write, &listener, || Change::Record(record.clone()))?;
+        Self::commit(write, &listener, || Change::Record(Box::new(record.clone())))?;
         Ok(record)
     }
 
@@ -319,7 +319,7 @@ impl RecordStore for RedbStore {
         let mut listener = self.lock();
         new(Change::Nodes(self.nodes()?));
         for record in self.list(VolumeNumber(0), usize::MAX)? {
-            new(Change::Record(record));
+            new(Change::Record(Box::new(record)));
         }
         *listener = Some(new);
         Ok(())

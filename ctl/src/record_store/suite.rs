@@ -277,7 +277,7 @@ pub(super) fn the_listener_hears_everything_in_order(store: &dyn RecordStore) {
     let hear = Arc::clone(&heard);
     store.follow(Box::new(move |change| hear.lock().expect("no panic").push(change))).expect("followed");
     let nodes = store.nodes().expect("a list");
-    assert_eq!(take(), [Change::Nodes(nodes), Change::Record(first.clone())]);
+    assert_eq!(take(), [Change::Nodes(nodes), Change::Record(Box::new(first.clone()))]);
     let second = next(&first);
     store.compare_and_swap(1, &second).expect("swapped");
     store.compare_and_swap(1, &second).expect_err("a conflict");
@@ -286,8 +286,12 @@ pub(super) fn the_listener_hears_everything_in_order(store: &dyn RecordStore) {
     store.delete(&name("v")).expect("deleted");
     store.join(&joining("n4")).expect("joined");
     let nodes = store.nodes().expect("a list");
-    let expected =
-        [Change::Record(second), Change::Record(other), Change::Gone(first.volume), Change::Nodes(nodes)];
+    let expected = [
+        Change::Record(Box::new(second)),
+        Change::Record(Box::new(other)),
+        Change::Gone(first.volume),
+        Change::Nodes(nodes),
+    ];
     assert_eq!(take(), expected);
 
     let record = store.create(&wish("x", &["n1"])).expect("created");

@@ -88,7 +88,7 @@ impl Feed {
             Change::Nodes(nodes) => (state.nodes, state.nodes_revision) = (Arc::new(nodes), revision),
             Change::Record(record) => {
                 let volume = record.volume;
-                if let Some((old, _)) = state.records.insert(volume, (revision, Arc::new(record))) {
+                if let Some((old, _)) = state.records.insert(volume, (revision, Arc::from(record))) {
                     state.by_revision.remove(&old);
                 }
                 state.by_revision.insert(revision, volume);
@@ -206,6 +206,10 @@ mod tests {
 
     use super::*;
 
+    fn told(record: Record) -> Change {
+        Change::Record(Box::new(record))
+    }
+
     fn record(volume: u32, version: u64, nodes: &[u32]) -> Record {
         let nodes: Vec<NodeId> = nodes.iter().copied().map(NodeId).collect();
         Record { version, ..Record::new(VolumeNumber(volume), "v", [0; 16], 1, &nodes) }
@@ -228,16 +232,16 @@ mod tests {
     fn a_watcher_hears_the_state_and_then_the_newest_of_each_change() {
         let feed = Feed::default();
         feed.apply(Change::Nodes(Vec::new()));
-        feed.apply(Change::Record(record(1, 1, &[1])));
-        feed.apply(Change::Record(record(2, 1, &[2])));
+        feed.apply(told(record(1, 1, &[1])));
+        feed.apply(told(record(2, 1, &[2])));
         let (mut all, _) = feed.watch(None);
         let (mut one, _) = feed.watch(Some(NodeId(1)));
         assert_eq!(news(&feed, &mut all), "0 nodes 1:1 2:1");
         assert_eq!(news(&feed, &mut one), "0 nodes 1:1");
         assert_eq!(news(&feed, &mut all), "");
-        feed.apply(Change::Record(record(2, 2, &[2])));
-        feed.apply(Change::Record(record(1, 2, &[1])));
-        feed.apply(Change::Record(record(2, 3, &[2])));
+        feed.apply(told(record(2, 2, &[2])));
+        feed.apply(told(record(1, 2, &[1])));
+        feed.apply(told(record(2, 3, &[2])));
         assert_eq!(news(&feed, &mut all), "1:2 2:3");
         assert_eq!(news(&feed, &mut one), "1:2");
         feed.apply(Change::Gone(VolumeNumber(1)));
@@ -250,14 +254,14 @@ mod tests {
     fn a_node_is_told_that_it_is_out() {
         let feed = Feed::default();
         let (mut one, _) = feed.watch(Some(NodeId(1)));
-        feed.apply(Change::Record(record(1, 1, &[2])));
+        feed.apply(told(record(1, 1, &[2])));
         assert_eq!(news(&feed, &mut one), "", "it has nothing to do with it");
         let head = Some(HeadSession { node: NodeId(1), session: 1 });
-        feed.apply(Change::Record(Record { head, ..record(1, 2, &[2]) }));
+        feed.apply(told(Record { head, ..record(1, 2, &[2]) }));
         assert_eq!(news(&feed, &mut one), "1:2", "the head needs no replica");
-        feed.apply(Change::Record(record(1, 3, &[2])));
+        feed.apply(told(record(1, 3, &[2])));
         assert_eq!(news(&feed, &mut one), "1:3");
-        feed.apply(Change::Record(record(1, 4, &[2])));
+        feed.apply(told(record(1, 4, &[2])));
         feed.apply(Change::Gone(VolumeNumber(1)));
         assert_eq!(news(&feed, &mut one), "");
     }
@@ -266,7 +270,7 @@ mod tests {
     fn many_records_come_in_parts() {
         let feed = Feed::default();
         let most = u32::try_from(TAKE_MAX).expect("small");
-        (1..=most + 1).for_each(|volume| feed.apply(Change::Record(record(volume, 1, &[1]))));
+        (1..=most + 1).for_each(|volume| feed.apply(told(record(volume, 1, &[1]))));
         let (mut all, _) = feed.watch(None);
         assert_eq!(feed.take(&mut all).expect("open").expect("news").len(), TAKE_MAX);
         assert_eq!(feed.take(&mut all).expect("open").expect("news").len(), 1);
@@ -276,11 +280,11 @@ mod tests {
     #[test]
     fn who_missed_forgotten_deletions_begins_anew() {
         let feed = Feed::default();
-        feed.apply(Change::Record(record(1, 1, &[1])));
+        feed.apply(told(record(1, 1, &[1])));
         let (mut old, _) = feed.watch(None);
         assert_eq!(news(&feed, &mut old), "1:1");
         for volume in 1..=u32::try_from(GONE_MAX).expect("small") + 1 {
-            feed.apply(Change::Record(record(volume, 1, &[1])));
+            feed.apply(told(record(volume, 1, &[1])));
             feed.apply(Change::Gone(VolumeNumber(volume)));
         }
         assert_eq!(feed.take(&mut old), Err(FeedEnd::FellBehind));
@@ -288,7 +292,7 @@ mod tests {
         assert_eq!(news(&feed, &mut new), "");
         assert_eq!(feed.lock().by_revision.len(), GONE_MAX, "the memory for them is bounded");
         feed.close();
-        feed.apply(Change::Record(record(9_999, 1, &[1])));
+        feed.apply(told(record(9_999, 1, &[1])));
         assert_eq!(feed.take(&mut new), Err(FeedEnd::Closed));
     }
 }

@@ -74,7 +74,7 @@ pub enum News {
     Nodes(Vec<NodeAddress>),
     /// A record of a volume that this node has a replica or the head of. Versions of a volume never fall; a version is told
     /// twice only if it was asked for or a proposal had no effect. The version that takes the node out is the last one.
-    Record(Record),
+    Record(Box<Record>),
     /// There is no such volume any more. Its number never comes back.
     Gone(VolumeNumber),
     /// Somebody wants a volume verified.

@@ -408,7 +408,7 @@ impl Teller {
         // A read may be overtaken by the watch; what was told since is what it would have read.
         if record.version > told || (owed && record.version == told) {
             self.told.insert(record.volume, record.version);
-            self.tell(News::Record(record));
+            self.tell(News::Record(Box::new(record)));
         }
     }
 

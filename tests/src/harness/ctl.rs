@@ -223,7 +223,7 @@ impl Node {
     /// Waits for a version of the volume that is not older than this one.
     pub fn wait_for_version(&mut self, volume: VolumeNumber, version: u64) -> Record {
         self.wait_for(&format!("version {version} of {volume:?}"), |news| match news {
-            News::Record(record) if record.volume == volume && record.version >= version => Some(record),
+            News::Record(record) if record.volume == volume && record.version >= version => Some(*record),
             _ => None,
         })
     }
