@@ -13,7 +13,7 @@ use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::{NodeId, Stamp, VolumeNumber};
 use crate::replica::bugs::PlantedBug;
-use crate::store::lane::{BlockRange, Completion, HoleMap, Payload};
+use crate::store::lane::{BlockRange, Completion, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 use crate::wire::peer_message::{CopyHeader, PeerFrame, PeerMessage};
 
@@ -98,7 +98,7 @@ impl<M: Memory> Shard<M> {
             volume,
             piece,
             memory,
-            &self.lacking_runs(index, &piece, &completion.holes),
+            &self.lacking_runs(index, &piece, completion, memory),
         );
         self.unuse(memory);
         let next_block = u64::from(piece.first) + u64::from(piece.count);
@@ -108,10 +108,24 @@ impl<M: Memory> Shard<M> {
     }
 
     /// What of a piece is lacking: runs of data and of holes.
-    fn lacking_runs(&self, index: usize, piece: &CopyPiece, holes: &HoleMap) -> Vec<CopyHeader> {
+    fn lacking_runs(
+        &self,
+        index: usize,
+        piece: &CopyPiece,
+        completion: &Completion,
+        memory: MemoryRange,
+    ) -> Vec<CopyHeader> {
         let mut runs: Vec<CopyHeader> = Vec::new();
+        // Another replica that read in place of this one has not told which blocks are holes.
+        let is_hole = |offset: u32| match completion.read {
+            Some(_) => completion.holes.is_hole(offset),
+            None => {
+                let block = memory.part((1 + offset) * BLOCK_BYTES, BLOCK_BYTES);
+                self.memory.bytes(block).iter().all(|byte| *byte == 0)
+            }
+        };
         for offset in 0..piece.count {
-            let (block, data) = (piece.first + offset, !holes.is_hole(offset));
+            let (block, data) = (piece.first + offset, !is_hole(offset));
             if !(self.lacks(index, &piece.wish, block) || !data && piece.holes) {
                 continue;
             }
