@@ -13,6 +13,7 @@ use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::{NodeId, Stamp, VolumeNumber};
 use crate::replica::bugs::PlantedBug;
+use crate::request::RequestError;
 use crate::store::lane::{BlockRange, Completion, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 use crate::wire::peer_message::{CopyHeader, PeerFrame, PeerMessage};
@@ -202,7 +203,7 @@ impl<M: Memory> Shard<M> {
         }
         if runs.is_empty() || is_kept {
             self.drop_payload_of_peer(memory);
-            return self.finish_copy(index, fill, true, true);
+            return self.finish_copy(index, fill, true, Ok(()));
         }
         for (position, (block, count)) in runs.iter().copied().enumerate() {
             let last = position + 1 == runs.len();
@@ -221,9 +222,15 @@ impl<M: Memory> Shard<M> {
     }
 
     /// A run of a copy is on stable media, or cannot be appended.
-    pub(super) fn finish_copy(&mut self, index: usize, fill: u64, last: bool, good: bool) {
-        if !good {
-            return self.fail_member(index);
+    pub(super) fn finish_copy(
+        &mut self,
+        index: usize,
+        fill: u64,
+        last: bool,
+        result: Result<(), RequestError>,
+    ) {
+        if let Err(error) = result {
+            return self.append_failed(index, error);
         }
         if let Some(member) = self.replication.replicas[index].member.as_mut().filter(|_| last) {
             member.copy_stored(fill);
@@ -232,9 +239,15 @@ impl<M: Memory> Shard<M> {
     }
 
     /// The beginning or the end of a fill is on stable media, or cannot be stored.
-    pub(super) fn finish_fill_mark(&mut self, index: usize, fill: u64, begins: bool, good: bool) {
-        if !good {
-            return self.fail_member(index);
+    pub(super) fn finish_fill_mark(
+        &mut self,
+        index: usize,
+        fill: u64,
+        begins: bool,
+        result: Result<(), RequestError>,
+    ) {
+        if let Err(error) = result {
+            return self.append_failed(index, error);
         }
         if let Some(member) = &mut self.replication.replicas[index].member {
             if begins { member.fill_stored(fill) } else { member.end_stored(fill) }
