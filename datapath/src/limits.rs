@@ -58,6 +58,10 @@ pub const SEND_BYTES_ENOUGH: u32 = 512 << 10;
 /// Requests parsed from one connection before the next connection has its turn.
 pub const REQUESTS_PER_TURN_MAX: u32 = 64;
 
+/// Blocks that one head has granted at most in a member's pool, so that its changes need not wait for room: 4 MiB on
+/// their way, whatever the distance.
+pub const ROOM_BLOCKS_MAX: u32 = 1024;
+
 /// Largest size of a volume: its blocks are counted in 32 bits.
 pub const VOLUME_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES_U64;
 /// Largest size of a pool: its blocks are counted in 32 bits too.
@@ -77,5 +81,6 @@ const _: () = {
     assert!(
         NBD_UNFRAGMENTED_BYTES_MAX >= 64 << 10 && NBD_UNFRAGMENTED_BYTES_MAX <= REQUEST_PAYLOAD_BYTES_MAX
     );
+    assert!(ROOM_BLOCKS_MAX >= PIECE_BLOCKS_MAX);
     assert!(VOLUME_NAME_BYTES_MAX <= NBD_STRING_BYTES_MAX);
 };

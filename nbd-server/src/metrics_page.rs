@@ -53,7 +53,7 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 21] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 22] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
     (
         "connections_abandoned",
@@ -92,6 +92,11 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 21] = [
         "reads_without_good_copy",
         "Reads of damaged blocks that no other replica in sync could answer",
         |shard| shard.report.repairs.reads_without_good_copy,
+    ),
+    (
+        "fills_without_room",
+        "Attempts to bring a replica back that ended because its pool had no room",
+        |shard| shard.report.repairs.fills_without_room,
     ),
     ("scrub_passes", "Passes over volumes led here that saw everything", |shard| shard.report.checks.passes),
     ("scrub_compared_blocks", "Blocks read at every replica in sync and compared", |shard| {

@@ -94,6 +94,8 @@ pub struct RepairReport {
     pub blocks_repaired: u64,
     /// Reads that no replica in sync could answer.
     pub reads_without_good_copy: u64,
+    /// Fills that were broken off because the replica's pool had no room.
+    pub fills_without_room: u64,
 }
 
 /// Bytes sent to other nodes, headers and checksums included, by what for.

@@ -42,11 +42,13 @@ pub enum PlantedBug {
     SourceTooEarly,
     /// What was asked over a connection that is gone is done whenever its turn comes.
     OldBytesLast,
+    /// Changes are numbered whether or not the other replicas have room for them.
+    RoomIgnored,
 }
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 18] = [
+    pub const ALL: [(PlantedBug, &'static str); 19] = [
         (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
         (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
         (PlantedBug::CopyWins, "copy-wins"),
@@ -65,6 +67,7 @@ impl PlantedBug {
         (PlantedBug::StaleClock, "stale-clock"),
         (PlantedBug::SourceTooEarly, "source-too-early"),
         (PlantedBug::OldBytesLast, "old-bytes-last"),
+        (PlantedBug::RoomIgnored, "room-ignored"),
     ];
 }
 

@@ -26,6 +26,8 @@ pub(super) struct Filling {
     pub(super) filling_due: bool,
     /// A count of copies is owed.
     pub(super) copied_due: bool,
+    /// There is no room for it: it is broken off once its beginning is stored, after this change.
+    pub(super) lacks_room: Option<Stamp>,
     /// Blocks that were written since.
     written: BlockSet,
 }
@@ -41,6 +43,7 @@ impl Filling {
             copies: 0,
             filling_due: false,
             copied_due: false,
+            lacks_room: None,
             written: BlockSet::default(),
         }
     }

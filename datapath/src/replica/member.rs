@@ -15,7 +15,7 @@
 //! | fetch | refused | read from the log | a violation |
 //! | read | refused | read from the volume | a violation |
 //! | check: ask, mend | refused | read from the volume; appended as a copy | a violation |
-//! | lease | refused | granted | a violation |
+//! | lease | refused | granted, and room if that is asked | a violation |
 //! | compare | refused | answered with what its log changed after the stamp named there | a violation |
 //! | fill | refused | its order goes on after the stamp named there | a violation |
 //! | copy, filled | refused | taken, if they are of the last fill | a violation |
@@ -29,7 +29,7 @@ use super::fill::Filling;
 use super::{LEASE_DRIFT_NS, LEASE_NS};
 use crate::record::Stamp;
 use crate::units::Moment;
-use crate::wire::peer_message::{ChangeHeader, CopyHeader, PeerMessage};
+use crate::wire::peer_message::{ChangeHeader, CopyHeader, PeerMessage, RoomQuestion};
 
 /// What must be done about a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +77,13 @@ pub enum Step {
     Read,
     /// Read the blocks of the volume and tell what they are, or append these as a copy, and answer.
     Check,
+    /// Find out how much room there is, if that is asked, and answer with the leave to read.
+    Lease {
+        /// The request's own moment.
+        asked_ns: u64,
+        /// What is asked of the room.
+        room: Option<RoomQuestion>,
+    },
     /// Nothing now.
     Nothing,
     /// No correct head sends this: close the connection.
@@ -103,6 +110,8 @@ pub struct Member {
     fill: Fill,
     /// What was compared for the next fill: which one, and from which change on.
     compared: Option<(u64, Stamp)>,
+    /// The head is to be told that there is no room for what it sends.
+    no_room_due: bool,
 }
 
 /// Is the member being filled?
@@ -137,6 +146,7 @@ impl Member {
             granted: (0, now.after_ns(LEASE_NS + LEASE_DRIFT_NS)),
             fill: filling.map_or(Fill::None, |base| Fill::BrokenOff { base }),
             compared: None,
+            no_room_due: false,
         }
     }
 
@@ -194,9 +204,9 @@ impl Member {
             PeerMessage::Check(check) if !check.is_answer() => {
                 self.under(check.epoch(), |member| member.if_whole(Step::Check))
             }
-            PeerMessage::Lease { epoch, asked_ns, .. } => self.under(epoch, |member| {
+            PeerMessage::Lease { epoch, asked_ns, room, .. } => self.under(epoch, |member| {
                 member.granted = (epoch, now.after_ns(LEASE_NS + LEASE_DRIFT_NS));
-                Step::Answer(PeerMessage::Leased { epoch, asked_ns })
+                Step::Lease { asked_ns, room: room.filter(|_| matches!(member.fill, Fill::None)) }
             }),
             PeerMessage::Compare { epoch, fill, base } => self.under(epoch, |member| {
                 member.compared = None;
@@ -275,7 +285,11 @@ impl Member {
         let Some(filling) = self.filling(fill) else { return };
         assert!(!filling.stored, "a fill begins once");
         (filling.stored, filling.filling_due) = (true, true);
+        let lacks_room = filling.lacks_room;
         self.durable = filling.after.sequence;
+        if let Some(last) = lacks_room {
+            self.lacks_room(last);
+        }
     }
 
     /// A copy is on stable media, or nothing of it was needed.
@@ -306,9 +320,45 @@ impl Member {
         if self.is_beginning_fill() { 0 } else { committed.min(self.durable) }
     }
 
+    /// The log has no room for what a head sends that does not count on this replica yet, and has left it out: `last` is the
+    /// last change that it took.
+    pub fn lacks_room(&mut self, last: Stamp) {
+        if let Some(filling) = self.fill_being_begun() {
+            // What is on its way into the log is of the order that is being left. It is broken off when that is stored.
+            filling.lacks_room = Some(last);
+        } else {
+            self.cut_back(last);
+            self.no_room_due = true;
+        }
+    }
+
+    /// The log has left out what came after `last`: nobody counts on this replica.
+    pub fn cut_back(&mut self, last: Stamp) {
+        if self.is_beginning_fill() {
+            // Of the order that is being left.
+            return;
+        }
+        self.fill = match &self.fill {
+            Fill::Now(filling) => Fill::BrokenOff { base: filling.base },
+            Fill::BrokenOff { base } => Fill::BrokenOff { base: *base },
+            Fill::None | Fill::Complete { .. } => Fill::None,
+        };
+        self.last = last;
+    }
+
+    fn fill_being_begun(&mut self) -> Option<&mut Filling> {
+        match &mut self.fill {
+            Fill::Now(filling) if !filling.stored => Some(filling),
+            _ => None,
+        }
+    }
+
     /// What is owed to the head that fills this member.
     pub fn poll_fill(&mut self) -> Option<PeerMessage> {
         let epoch = self.promised;
+        if self.promising.is_none() && std::mem::take(&mut self.no_room_due) {
+            return Some(PeerMessage::NoRoom { epoch });
+        }
         match &mut self.fill {
             _ if self.promising.is_some() => None,
             Fill::None | Fill::BrokenOff { .. } => None,
@@ -351,7 +401,8 @@ impl Member {
     }
 
     fn take(&mut self, change: ChangeHeader) -> Step {
-        if matches!(self.fill, Fill::BrokenOff { .. }) {
+        let lacks_room = matches!(&self.fill, Fill::Now(filling) if filling.lacks_room.is_some());
+        if lacks_room || matches!(self.fill, Fill::BrokenOff { .. }) {
             return Step::Nothing;
         }
         if change.previous == self.last {
@@ -427,7 +478,8 @@ mod tests {
 
     fn change(epoch: u32, stamp: Stamp, previous_epoch: u32) -> PeerMessage {
         let previous = Stamp { epoch: previous_epoch, sequence: stamp.sequence - 1 };
-        let change = ChangeHeader { kind: ChangeKind::Data, block: 0, count: 1, stamp, previous };
+        let change =
+            ChangeHeader { kind: ChangeKind::Data, block: 0, count: 1, stamp, previous, new_blocks: 1 };
         PeerMessage::Change { epoch, change, committed: 0 }
     }
 
@@ -548,7 +600,9 @@ mod tests {
     #[test]
     fn a_grant_is_told_to_the_next_head_and_assumed_after_a_start() {
         let mut member = following(1);
-        member.handle(Moment(1_000), PeerMessage::Lease { epoch: 1, asked_ns: 5, committed: 0 });
+        let room = Some(RoomQuestion { keeps: 1, needs: 2, wants: 3 });
+        let lease = PeerMessage::Lease { epoch: 1, asked_ns: 5, committed: 0, room };
+        assert_eq!(member.handle(Moment(1_000), lease), Step::Lease { asked_ns: 5, room });
         member.handle(Moment(2_000), PeerMessage::Promise { epoch: 2 });
         member.promise_stored(2);
         let left = |report| match report {
@@ -560,5 +614,29 @@ mod tests {
         restarted.handle(Moment(9_000), PeerMessage::Promise { epoch: 3 });
         restarted.promise_stored(3);
         assert_eq!(left(restarted.poll_report(Moment(10_000))), LEASE_NS + LEASE_DRIFT_NS - 1_000);
+    }
+
+    #[test]
+    fn a_fill_without_room_is_broken_off_once_it_has_begun() {
+        let mut member = following(1);
+        member.handle(Moment(1), PeerMessage::Promise { epoch: 2 });
+        member.promise_stored(2);
+        member.handle(Moment(1), fill(7, stamp(1, 3)));
+        assert_eq!(member.handle(Moment(2), change(2, stamp(2, 4), 1)), Step::Append);
+        // Before that is stored, what it held before is not known to be left.
+        member.lacks_room(stamp(1, 3));
+        assert_eq!((member.poll_fill(), member.holds_no_order()), (None, false));
+        assert_eq!(member.handle(Moment(2), change(2, stamp(2, 5), 2)), Step::Nothing);
+        member.fill_stored(7);
+        assert_eq!(member.poll_fill(), Some(PeerMessage::NoRoom { epoch: 2 }));
+        assert_eq!((member.poll_fill(), member.holds_no_order()), (None, true));
+        // Nobody counts on its room while it is filled.
+        let room = Some(RoomQuestion::default());
+        let lease = PeerMessage::Lease { epoch: 2, asked_ns: 5, committed: 0, room };
+        assert_eq!(member.handle(Moment(3), lease), Step::Lease { asked_ns: 5, room: None });
+        assert_eq!(
+            member.handle(Moment(3), fill(8, stamp(1, 3))),
+            Step::BeginFill { fill: 8, after: stamp(1, 3), base: Stamp::default() }
+        );
     }
 }

@@ -3,9 +3,9 @@
 //! ```text
 //!   header (64 bytes, network byte order)                 what follows it
 //!    0  magic "BRTP"            4                          body: CRC32C of each payload block, 4 bytes each (DIGEST:
-//!    4  version 1               1                                of each block), for HELLO its own fields
+//!    4  version 2               1                                of each block), for HELLO its own fields
 //!    5  kind                    1                          payload: the blocks, 4096 bytes each
-//!    6  change kind             1  (CHANGE, FETCHED, COPY)
+//!    6  change kind             1  (CHANGE, FETCHED, COPY; LEASE, LEASED: `room.rs`)
 //!    7  unused                  1
 //!    8  CRC32C of header and body  4  (this field as zero)
 //!   12  body bytes              4
@@ -17,7 +17,7 @@
 //!   36  stamp: epoch            4
 //!   40  stamp: sequence         8
 //!   48  previous: epoch         4
-//!   52  unused                  4
+//!   52  new blocks              4  (CHANGE, FETCHED; LEASE: `room.rs`)
 //!   56  number                  8
 //! ```
 //!
@@ -25,6 +25,7 @@
 //! receiver checks the payload against the body, and the body with the header.
 
 mod check;
+mod room;
 
 use super::WireError;
 use super::fields::Fields;
@@ -34,9 +35,10 @@ use crate::record::{ChangeKind, NodeId, Stamp, VolumeNumber};
 use crate::units::BLOCK_BYTES;
 
 pub use check::{CHECKED_BLOCKS_MAX, CheckMessage, FEATURE_CHECKS};
+pub use room::{RoomAnswer, RoomQuestion};
 
 const MAGIC: &[u8; 4] = b"BRTP";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const CHECKSUM_AT: usize = 8;
 /// Bytes of a header.
 pub const PEER_HEADER_BYTES: usize = 64;
@@ -73,6 +75,8 @@ pub struct ChangeHeader {
     pub stamp: Stamp,
     /// The place of the one before it.
     pub previous: Stamp,
+    /// So many blocks at most it newly takes, at any replica.
+    pub new_blocks: u32,
 }
 
 impl ChangeHeader {
@@ -260,6 +264,11 @@ pub enum PeerMessage {
         /// Which fill.
         fill: u64,
     },
+    /// The member's pool has no room for what it is sent while it is filled: the fill is broken off.
+    NoRoom {
+        /// What the member promised.
+        epoch: u32,
+    },
     /// The head's own replica cannot give these blocks: it asks for them as another one holds them.
     Read {
         /// By whose authority.
@@ -299,6 +308,8 @@ pub enum PeerMessage {
         asked_ns: u64,
         /// Changes up to here are committed: the member's log need not keep them for others.
         committed: u64,
+        /// What it asks of the member's room, if it numbers changes within that.
+        room: Option<RoomQuestion>,
     },
     /// Leave is granted.
     Leased {
@@ -306,6 +317,8 @@ pub enum PeerMessage {
         epoch: u32,
         /// The request's own moment.
         asked_ns: u64,
+        /// The member's room, if it was asked for that and changes may be numbered within it.
+        room: Option<RoomAnswer>,
     },
 }
 
@@ -337,6 +350,7 @@ mod kind {
     pub(super) const COPIED: u8 = 16;
     pub(super) const FILLED: u8 = 17;
     pub(super) const COMPLETE: u8 = 18;
+    pub(super) const NO_ROOM: u8 = 22;
     pub(super) const COMPARE: u8 = 30;
     pub(super) const SURPLUS: u8 = 31;
     pub(super) const COMPARED: u8 = 32;
@@ -355,6 +369,7 @@ struct Words {
     count: u32,
     stamp: Stamp,
     previous: Stamp,
+    new_blocks: u32,
     number: u64,
 }
 
@@ -381,7 +396,7 @@ impl PeerFrame {
         out.extend(words.stamp.epoch.to_be_bytes());
         out.extend(words.stamp.sequence.to_be_bytes());
         out.extend(words.previous.epoch.to_be_bytes());
-        out.extend([0; 4]);
+        out.extend(words.new_blocks.to_be_bytes());
         out.extend(words.number.to_be_bytes());
         assert_eq!(out.len() - start, PEER_HEADER_BYTES);
         if let PeerMessage::Hello(hello) = self.message {
@@ -435,6 +450,7 @@ impl PeerFrame {
             count: change.count,
             stamp: change.stamp,
             previous: change.previous,
+            new_blocks: change.new_blocks,
             ..words
         };
         match self.message {
@@ -454,12 +470,12 @@ impl PeerFrame {
             PeerMessage::FetchGone { epoch, sequence } => {
                 Words { number: sequence, ..plain(kind::FETCH_GONE, epoch) }
             }
-            PeerMessage::Lease { epoch, asked_ns, committed } => {
+            PeerMessage::Lease { epoch, asked_ns, committed, room } => {
                 let stamp = Stamp { epoch: 0, sequence: committed };
-                Words { number: asked_ns, stamp, ..plain(kind::LEASE, epoch) }
+                Words { number: asked_ns, stamp, ..plain(kind::LEASE, epoch) }.with_question(room)
             }
-            PeerMessage::Leased { epoch, asked_ns } => {
-                Words { number: asked_ns, ..plain(kind::LEASED, epoch) }
+            PeerMessage::Leased { epoch, asked_ns, room } => {
+                Words { number: asked_ns, ..plain(kind::LEASED, epoch) }.with_answer(room)
             }
             PeerMessage::Compare { epoch, fill, base } => {
                 Words { stamp: base, ..of_fill(kind::COMPARE, epoch, fill) }
@@ -485,6 +501,7 @@ impl PeerFrame {
             }
             PeerMessage::Filled { epoch, fill } => of_fill(kind::FILLED, epoch, fill),
             PeerMessage::Complete { epoch, fill } => of_fill(kind::COMPLETE, epoch, fill),
+            PeerMessage::NoRoom { epoch } => plain(kind::NO_ROOM, epoch),
             PeerMessage::Read { epoch, read, block, count } => {
                 of_read(kind::READ, epoch, read, (block, count))
             }
@@ -540,9 +557,9 @@ impl PeerFrame {
         let (epoch, block, count) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let stamp = Stamp { epoch: fields.u32()?, sequence: fields.u64()? };
         let previous = Stamp { epoch: fields.u32()?, sequence: stamp.sequence.wrapping_sub(1) };
-        let _ = fields.u32()?;
+        let new_blocks = fields.u32()?;
         let number = fields.u64()?;
-        let words = Words { kind, change, epoch, block, count, stamp, previous, number };
+        let words = Words { kind, change, epoch, block, count, stamp, previous, new_blocks, number };
         let frame = PeerFrame { volume, message: words.message(body)? };
         let fits = frame.body_bytes() as usize == body.len()
             && frame.payload_blocks() * BLOCK_BYTES == payload_bytes;
@@ -575,8 +592,14 @@ impl Words {
             kind::FETCH => PeerMessage::Fetch { epoch, sequence: number },
             kind::FETCHED => PeerMessage::Fetched { epoch, change: self.change()? },
             kind::FETCH_GONE => PeerMessage::FetchGone { epoch, sequence: number },
-            kind::LEASE => PeerMessage::Lease { epoch, asked_ns: number, committed: stamp.sequence },
-            kind::LEASED => PeerMessage::Leased { epoch, asked_ns: number },
+            kind::LEASE => PeerMessage::Lease {
+                epoch,
+                asked_ns: number,
+                committed: stamp.sequence,
+                room: self.question()?,
+            },
+            kind::LEASED => PeerMessage::Leased { epoch, asked_ns: number, room: self.answer()? },
+            kind::NO_ROOM => PeerMessage::NoRoom { epoch },
             kind::FILL | kind::COMPARE if stamp.epoch > epoch => return Err(WireError::Range),
             kind::COMPARE => PeerMessage::Compare { epoch, fill: number, base: stamp },
             kind::SURPLUS => {
@@ -638,12 +661,13 @@ impl Words {
         let sensible = (1..=most).contains(&self.count)
             && self.block.checked_add(self.count - 1).is_some()
             && self.stamp.sequence > 0
-            && self.previous.epoch <= self.stamp.epoch;
+            && self.previous.epoch <= self.stamp.epoch
+            && self.new_blocks <= if kind == ChangeKind::Data { self.count } else { 0 };
         if !sensible {
             return Err(WireError::Range);
         }
-        let Words { block, count, stamp, previous, .. } = self;
-        Ok(ChangeHeader { kind, block, count, stamp, previous })
+        let Words { block, count, stamp, previous, new_blocks, .. } = self;
+        Ok(ChangeHeader { kind, block, count, stamp, previous, new_blocks })
     }
 }
 

@@ -34,6 +34,10 @@ pub(super) const FILL_PATIENCE_NS: u64 = 2_000_000_000;
 pub(super) const FILL_WAIT_NS: u64 = 100_000_000;
 /// The most.
 pub(super) const FILL_WAIT_NS_MAX: u64 = 5_000_000_000;
+/// Before the next attempt with a replica whose pool had no room: doubles up to the most.
+const ROOM_WAIT_NS: u64 = 5_000_000_000;
+/// The most.
+const ROOM_WAIT_NS_MAX: u64 = 300_000_000_000;
 /// Pieces that are read, sent, or not known to be taken care of.
 const PIECES_UNDER_WAY_MAX: usize = 4;
 
@@ -80,11 +84,34 @@ pub(super) struct Fills {
     last_tried: NodeId,
     again_at: Moment,
     wait_ns: u64,
+    /// Replicas whose pools had no room: when they have their turn again, and how long the next wait is.
+    without_room: Vec<(NodeId, Moment, u64)>,
 }
 
 impl Fills {
     pub(super) fn new(now: Moment) -> Fills {
-        Fills { now: None, count: 0, last_tried: NodeId(0), again_at: now, wait_ns: FILL_WAIT_NS }
+        Fills {
+            now: None,
+            count: 0,
+            last_tried: NodeId(0),
+            again_at: now,
+            wait_ns: FILL_WAIT_NS,
+            without_room: Vec::new(),
+        }
+    }
+
+    /// When the replica may be tried.
+    fn due_at(&self, member: NodeId) -> Moment {
+        let without_room = self.without_room.iter().find(|(node, ..)| *node == member);
+        without_room.map_or(self.again_at, |(_, until, _)| self.again_at.max(*until))
+    }
+
+    fn note_no_room(&mut self, now: Moment, member: NodeId) {
+        let before = self.without_room.iter().find(|(node, ..)| *node == member);
+        let wait_ns = before.map_or(ROOM_WAIT_NS, |(.., wait_ns)| *wait_ns);
+        self.without_room.retain(|(node, ..)| *node != member);
+        let next_ns = (wait_ns * 2).min(ROOM_WAIT_NS_MAX);
+        self.without_room.push((member, now.after_ns(wait_ns), next_ns));
     }
 
     /// Is no replica being filled?
@@ -115,7 +142,8 @@ impl Fill {
 impl Head {
     /// A replica that was left out and can be reached is brought back, one at a time.
     pub(super) fn begin_fill(&mut self, now: Moment) {
-        let Some(member) = self.candidate().filter(|_| self.fill_due_at().is_some_and(|at| at <= now)) else {
+        let Some(member) = self.fill_due_at().filter(|at| *at <= now).and_then(|_| self.candidate(now))
+        else {
             return;
         };
         let Role::Lead(lead) = &mut self.role else { return };
@@ -147,14 +175,20 @@ impl Head {
     }
 
     /// Whose turn it is.
-    fn candidate(&self) -> Option<NodeId> {
-        let lead = self.lead()?;
+    fn candidate(&self, now: Moment) -> Option<NodeId> {
+        let fills = &self.lead()?.fills;
+        let mut out = self.to_be_filled();
+        out.retain(|node| fills.due_at(*node) <= now);
+        let next = out.iter().find(|node| **node > fills.last_tried);
+        next.or_else(|| out.first()).copied()
+    }
+
+    fn to_be_filled(&self) -> Vec<NodeId> {
         let stale = self.record.stale.iter().map(|replica| replica.node);
         let mut out: Vec<NodeId> = self.record.catching_up.iter().copied().chain(stale).collect();
         out.retain(|node| *node != self.node && self.reachable.contains(node));
         out.sort_unstable();
-        let next = out.iter().find(|node| **node > lead.fills.last_tried);
-        next.or_else(|| out.first()).copied()
+        out
     }
 
     /// When the next fill may begin, if there is anything to fill.
@@ -163,7 +197,8 @@ impl Head {
         let may = lead.stage == Stage::Serving && lead.open.is_none() && lead.fills.now.is_none();
         // The own replica is what is copied.
         let source = self.record.is_in_sync(self.node);
-        (may && source && self.candidate().is_some()).then_some(lead.fills.again_at)
+        let due = self.to_be_filled().into_iter().map(|node| lead.fills.due_at(node)).min();
+        due.filter(|_| may && source)
     }
 
     /// When the fill under way is given up, or the next one may begin.
@@ -291,7 +326,7 @@ impl Head {
             *stored = true;
             fill.moved_at = now;
             // It may lead to a wait for its leave to read.
-            self.effects.push_back(HeadEffect::Lease { member, epoch });
+            self.ask_for_lease(now, member);
             self.advance_fill(now);
         }
     }
@@ -323,6 +358,16 @@ impl Head {
         }
     }
 
+    /// The replica's pool has no room for what it lacks. It is tried again, but not soon.
+    pub fn no_room(&mut self, now: Moment, member: NodeId, epoch: u32) {
+        let Role::Lead(lead) = &mut self.role else { return };
+        if lead.epoch == epoch && lead.fills.is_of(member) {
+            lead.fills.note_no_room(now, member);
+            self.end_fill(now);
+            self.commit(now);
+        }
+    }
+
     /// So many copies have been taken care of.
     pub fn copied(&mut self, now: Moment, member: NodeId, epoch: u32, number: u64, copies: u32) {
         let Some(fill) = self.fill_of(member, epoch, number) else { return };
@@ -338,6 +383,8 @@ impl Head {
         let Some(fill) = self.fill_of(member, epoch, number) else { return };
         if let Step::Ending { last } = fill.step {
             (fill.step, fill.moved_at) = (Step::Following { last }, now);
+            // From now on changes are numbered only within its room, too.
+            self.ask_for_lease(now, member);
             self.advance_fill(now);
         }
     }
@@ -375,8 +422,8 @@ impl Head {
         let Role::Lead(lead) = &mut self.role else { return };
         let Some(fill) = &mut lead.fills.now else { return };
         let Some(peer) = lead.peers.get(fill.member) else { return };
-        // Without its leave clients would wait for their reads.
-        let leased = peer.leased_until > now;
+        // Without its leave clients would wait for their reads, and without its room for their writes.
+        let leased = peer.leased_until > now && peer.credit.is_known;
         if peer.acked < last.max(lead.committed) || !leased || lead.open.is_some() {
             return;
         }
@@ -406,6 +453,7 @@ impl Head {
             lead.fills.now = None;
             lead.fills.wait_ns = FILL_WAIT_NS;
             lead.fills.again_at = now;
+            lead.fills.without_room.retain(|(node, ..)| *node != member);
         } else if step == Step::Admitting || !self.record.catching_up.contains(&member) {
             self.end_fill(now);
         } else if step == Step::Marking {

@@ -21,16 +21,19 @@
 
 mod fill;
 mod peers;
+mod room;
 mod serve;
 mod view;
 
 use super::bugs::{Bugs, PlantedBug};
 use crate::record::{NodeId, Record, Stamp};
 use crate::units::Moment;
-use crate::wire::peer_message::ChangeHeader;
+use crate::wire::peer_message::{ChangeHeader, RoomQuestion};
 use fill::Fills;
 use peers::{Peer, Peers, Phase};
 use std::collections::VecDeque;
+
+pub use room::Room;
 
 /// A member that owes an answer for so long is removed, if enough others remain.
 pub const MEMBER_PATIENCE_NS: u64 = 1_000_000_000;
@@ -123,12 +126,16 @@ pub enum HeadEffect {
         /// Which fill.
         fill: u64,
     },
-    /// Ask a member for a lease.
+    /// Ask a member for a lease, and for room.
     Lease {
         /// Whom.
         member: NodeId,
         /// For which epoch.
         epoch: u32,
+        /// At which moment: the answer names it.
+        asked: Moment,
+        /// What to ask of its room.
+        room: Option<RoomQuestion>,
     },
     /// The change is on stable media everywhere: answer whoever asked for it, and let its content go.
     Committed {
@@ -187,6 +194,12 @@ struct Lead {
     peers: Peers,
     ask_leases_at: Moment,
     fills: Fills,
+    /// What the change takes that waits for room; 0 if none does.
+    room_needed: u32,
+    /// When to ask again for it.
+    room_again_at: Option<Moment>,
+    /// Changes that newly take blocks were numbered since leases were last asked for.
+    is_filling_space: bool,
 }
 
 #[derive(Debug)]

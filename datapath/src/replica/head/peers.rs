@@ -1,5 +1,6 @@
 //! What the head knows of each member.
 
+use super::room::Credit;
 use super::{GATHER_SILENCE_NS, PROMISE_AGAIN_NS};
 use crate::record::{NodeId, Stamp};
 use crate::units::Moment;
@@ -36,6 +37,8 @@ pub(super) struct Peer {
     pub(super) sent: u64,
     /// Until when it gave leave to read.
     pub(super) leased_until: Moment,
+    /// The room that it has granted.
+    pub(super) credit: Credit,
 }
 
 /// All members, by node.
@@ -99,6 +102,7 @@ impl Peer {
             acked_at: now,
             sent: 0,
             leased_until: Moment::default(),
+            credit: Credit::default(),
         }
     }
 
@@ -122,6 +126,7 @@ impl Peer {
         };
         self.enter(phase, now);
         self.since = since;
+        self.credit.note_lost();
     }
 
     pub(super) fn enter(&mut self, phase: Phase, now: Moment) {

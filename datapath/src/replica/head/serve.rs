@@ -13,6 +13,7 @@ use crate::wire::peer_message::ChangeHeader;
 
 impl Head {
     /// Numbers a change; [`Self::stream`] sends it to all members. [`HeadEffect::Committed`] will name the cookie.
+    /// `new_blocks` is what it newly takes at most; [`Head::find_room`] has said that there is room for it.
     ///
     /// # Errors
     /// [`SubmitError::NotServing`]: nothing was done.
@@ -22,7 +23,7 @@ impl Head {
         cookie: u32,
         kind: ChangeKind,
         block: u32,
-        count: u32,
+        (count, new_blocks): (u32, u32),
     ) -> Result<Stamp, SubmitError> {
         let Role::Lead(lead) = &mut self.role else { return Err(SubmitError::NotServing) };
         if lead.stage != Stage::Serving {
@@ -30,13 +31,14 @@ impl Head {
         }
         let previous = lead.last;
         let stamp = Stamp { epoch: lead.epoch, sequence: previous.sequence + 1 };
-        let change = ChangeHeader { kind, block, count, stamp, previous };
+        let change = ChangeHeader { kind, block, count, stamp, previous, new_blocks };
         lead.last = stamp;
         if lead.window.is_empty() {
             // Nobody owed anything until now.
             lead.peers.iter_mut().for_each(|peer| peer.acked_at = now);
         }
         lead.window.push_back(Windowed { change, cookie: Some(cookie) });
+        self.spend_room(now, new_blocks);
         Ok(stamp)
     }
 
@@ -193,6 +195,10 @@ impl Head {
         self.give_up_waiting(now);
         self.serve_if_waited(now);
         self.ask_for_leases(now);
+        if let Role::Lead(lead) = &mut self.role {
+            // Whoever waits for room looks for it again in this turn.
+            lead.room_again_at = lead.room_again_at.filter(|at| *at > now);
+        }
         self.remove_failed(now);
         self.give_up_fill(now);
         self.begin_fill(now);
@@ -230,8 +236,11 @@ impl Head {
             return;
         }
         lead.ask_leases_at = now.after_ns(LEASE_EVERY_NS);
-        for peer in lead.peers.iter().filter(|peer| peer.phase == Phase::Following) {
-            self.effects.push_back(HeadEffect::Lease { member: peer.node, epoch: lead.epoch });
+        let following = lead.peers.iter().filter(|peer| peer.phase == Phase::Following);
+        let following: Vec<NodeId> = following.map(|peer| peer.node).collect();
+        following.into_iter().for_each(|member| self.ask_for_lease(now, member));
+        if let Role::Lead(lead) = &mut self.role {
+            lead.is_filling_space &= suspected;
         }
     }
 
@@ -299,7 +308,8 @@ impl Head {
         };
         let removal = self.removals().map(|(_, at)| at).min();
         let ask = lead.peers.iter().filter_map(super::Peer::is_to_be_asked_at).min();
-        again.into_iter().chain(stage).chain(removal).chain(ask).chain(self.poll_fill_timeout()).min()
+        let again = again.into_iter().chain(lead.room_again_at);
+        again.chain(stage).chain(removal).chain(ask).chain(self.poll_fill_timeout()).min()
     }
 }
 
@@ -325,6 +335,8 @@ impl Lead {
         let owes = peer.acked < self.last.sequence;
         match peer.phase {
             Phase::Following if owes => Some(peer.acked_at),
+            // What waits for its room is not numbered, so it owes nothing else.
+            Phase::Following if self.room_needed > 0 => peer.credit.asking_since(),
             Phase::Following => None,
             Phase::Away | Phase::Asked => Some(peer.since),
         }
@@ -400,7 +412,7 @@ mod tests {
         for _ in 0..1000 {
             while let Some(effect) = head.poll_effect() {
                 match effect {
-                    HeadEffect::Lease { member, epoch } if answering.contains(&member) => {
+                    HeadEffect::Lease { member, epoch, .. } if answering.contains(&member) => {
                         head.leased(*now, member, epoch, *now);
                     }
                     HeadEffect::Change { member, epoch, change } if answering.contains(&member) => {
@@ -424,7 +436,7 @@ mod tests {
     #[test]
     fn a_silent_member_is_removed_after_its_time() {
         let (mut head, mut now) = (serving(), START);
-        head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        head.submit(now, 1, ChangeKind::Data, 0, (1, 0)).expect("it serves");
         head.stream(now);
         let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
         let (at, record) = removal(&mut head, &mut now, end, &NODES[..2]).expect("it is removed");
@@ -435,7 +447,7 @@ mod tests {
     #[test]
     fn a_member_whose_connection_was_given_up_for_silence_gets_no_more_time_for_it() {
         let (mut head, mut now) = (serving(), START);
-        head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        head.submit(now, 1, ChangeKind::Data, 0, (1, 0)).expect("it serves");
         head.stream(now);
         let end = START.after_ns(MEMBER_PATIENCE_NS - 2);
         assert_eq!(removal(&mut head, &mut now, end, &NODES[..2]), None);
@@ -452,7 +464,7 @@ mod tests {
     fn a_head_that_hears_nobody_removes_nobody() {
         let (mut head, mut now) = (serving(), START);
         // The second owed nothing when the silence began.
-        head.submit(now, 1, ChangeKind::Data, 0, 1).expect("it serves");
+        head.submit(now, 1, ChangeKind::Data, 0, (1, 0)).expect("it serves");
         head.stream(now);
         head.acked(now, NODES[1], head.lead().expect("it leads").epoch, 1);
         let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
@@ -479,7 +491,7 @@ mod tests {
         let mut head = serving();
         let epoch = head.epoch();
         let submit = |head: &mut Head, count| {
-            head.submit(START, 1, ChangeKind::Data, 0, count).expect("it serves");
+            head.submit(START, 1, ChangeKind::Data, 0, (count, 0)).expect("it serves");
         };
         let everybody = |sequences: Vec<u64>| [sequences.clone(), sequences.clone(), sequences];
         submit(&mut head, 1);

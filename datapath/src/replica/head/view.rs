@@ -75,6 +75,9 @@ impl Head {
             peers: Peers::new(now, &record.in_sync),
             ask_leases_at: now,
             fills: Fills::new(now),
+            room_needed: 0,
+            room_again_at: None,
+            is_filling_space: false,
         };
         self.role = Role::Lead(Box::new(lead));
         for member in self.record.in_sync.clone() {

@@ -2,6 +2,7 @@
 //! worlds in a second. The disk is a list, the network three queues, and what must hold is asked after every step.
 
 mod filling;
+mod room;
 
 use super::head::{Head, HeadEffect};
 use super::member::{Member, Step};
@@ -30,6 +31,7 @@ struct Node {
     surplus: Vec<ChangeHeader>,
     /// It was told that the changes up to here are committed: the log need not keep them.
     told: u64,
+    promised_room: room::Promised,
     process: Option<Process>,
     /// Its clock runs at so many parts in a thousand of the world's.
     rate: u64,
@@ -136,6 +138,7 @@ impl World {
                 common: Stamp::default(),
                 surplus: Vec::new(),
                 told: 0,
+                promised_room: room::Promised::default(),
                 process: None,
                 rate: 980 + random.below(41) as u64,
             })
@@ -168,6 +171,7 @@ impl World {
     fn start(&mut self, node: usize) {
         let now = self.clock(node);
         let state = &mut self.nodes[node];
+        state.promised_room = room::Promised::at_start();
         let member = Member::new(now, state.promised, state.last(), state.filling.then_some(state.common));
         let head = Head::new(id(node), self.store.clone());
         state.process = Some(Process {
@@ -234,7 +238,6 @@ impl World {
         let now = self.clock(node);
         self.nodes[node].process.iter_mut().for_each(|it| it.head.stream(now));
         while let Some(effect) = self.nodes[node].process.as_mut().and_then(|it| it.head.poll_effect()) {
-            let now = self.clock(node);
             let process = self.nodes[node].process.as_mut().unwrap();
             match effect {
                 HeadEffect::Propose(record) => self.proposals.push(*record),
@@ -248,9 +251,10 @@ impl World {
                 HeadEffect::Fetch { member, epoch, sequence } => {
                     self.send(node, member, PeerMessage::Fetch { epoch, sequence });
                 }
-                HeadEffect::Lease { member, epoch } => {
+                HeadEffect::Lease { member, epoch, asked, room } => {
                     let committed = process.head.settled();
-                    self.send(node, member, PeerMessage::Lease { epoch, asked_ns: now.0, committed });
+                    let lease = PeerMessage::Lease { epoch, asked_ns: asked.0, committed, room };
+                    self.send(node, member, lease);
                 }
                 HeadEffect::Compare { member, epoch, fill, base } => {
                     process.surplus = (fill, BlockSet::default());
@@ -385,8 +389,9 @@ impl World {
                 process.head.fetched(now, sender, epoch, change);
             }
             PeerMessage::FetchGone { epoch, .. } => process.head.fetch_gone(now, sender, epoch),
-            PeerMessage::Leased { epoch, asked_ns } => {
-                process.head.leased(now, sender, epoch, Moment(asked_ns))
+            PeerMessage::Leased { epoch, asked_ns, room } => {
+                process.head.leased(now, sender, epoch, Moment(asked_ns));
+                process.head.granted(now, sender, epoch, Moment(asked_ns), room);
             }
             PeerMessage::Refused { .. } => {}
             PeerMessage::Surplus { fill, block, count, .. } => {
@@ -413,7 +418,7 @@ impl World {
         let step = process.member.handle(now, message);
         let told = match (&step, message) {
             (Step::Append, PeerMessage::Change { committed, .. })
-            | (Step::Answer(PeerMessage::Leased { .. }), PeerMessage::Lease { committed, .. }) => committed,
+            | (Step::Lease { .. }, PeerMessage::Lease { committed, .. }) => committed,
             _ => 0,
         };
         let stored = process.member.durable();
@@ -424,7 +429,9 @@ impl World {
             Step::Compare { fill, base } => self.compare(node, from, fill, base),
             Step::StorePromise(epoch) => process.writing.push_back(Write::Promise(epoch)),
             Step::Append => {
-                let PeerMessage::Change { change, .. } = message else { unreachable!() };
+                let PeerMessage::Change { epoch, change, .. } = message else { unreachable!() };
+                self.nodes[node].promised_room.spend(epoch, &change);
+                let process = self.nodes[node].process.as_mut().unwrap();
                 process.writing.push_back(Write::Change(change));
             }
             Step::Fetch(sequence) => {
@@ -438,7 +445,13 @@ impl World {
                 };
                 self.send(node, id(from), answer);
             }
+            Step::Lease { asked_ns, room } => {
+                let epoch = process.member.epoch();
+                self.lease(node, from, (epoch, asked_ns), room);
+            }
             Step::BeginFill { fill, after, base } => {
+                self.nodes[node].promised_room = room::Promised::being_filled();
+                let process = self.nodes[node].process.as_mut().unwrap();
                 process.writing.push_back(Write::BeginFill(fill, after, base));
             }
             Step::Copy { fill, runs } => {
@@ -536,27 +549,6 @@ impl World {
         let connected: Vec<bool> = (0..NODES).map(|to| self.links.contains_key(&(node, to))).collect();
         if let Some(process) = &mut self.nodes[node].process {
             process.head.handle_record(now, &self.store, |to| connected[index(to)]);
-        }
-        self.settle(node);
-    }
-
-    fn submit(&mut self, node: usize) {
-        let now = self.clock(node);
-        let Some(process) = &mut self.nodes[node].process else { return };
-        if process.head.pending().count() > 8 {
-            return;
-        }
-        process.cookies += 1;
-        let kind = match self.random.below(6) {
-            0 => ChangeKind::Zero,
-            1 => ChangeKind::Trim,
-            _ => ChangeKind::Data,
-        };
-        let block = 256 * self.random.below(4) + self.random.below(3);
-        let (block, count) = (u32::try_from(block).unwrap(), 1 + u32::from(self.random.below(2) == 0));
-        if process.head.submit(now, process.cookies, kind, block, count).is_ok() {
-            let change = *process.head.pending().last().expect("not committed yet");
-            self.numbered.insert(change.stamp, change);
         }
         self.settle(node);
     }

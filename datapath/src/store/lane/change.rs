@@ -7,7 +7,7 @@ use crate::limits::EXACT_RECEIVE_BYTES_MIN;
 use crate::memory::Memory;
 use crate::record::Stamp;
 use crate::request::RequestError;
-use crate::store::batch::{Entry, EntryKind, FILL_BEGINS};
+use crate::store::batch::{Entry, EntryKind, FILL_BEGINS, FILL_ENDS};
 use crate::store::layout::Place;
 use crate::store::map::{FrameIndex, LEAF_BLOCKS, Presence};
 use crate::units::{BLOCK_BYTES, MemoryRange};
@@ -28,9 +28,9 @@ pub enum Release {
 #[derive(Debug)]
 pub(super) struct Change {
     cookie: Option<u32>,
-    kind: EntryKind,
+    pub(super) kind: EntryKind,
     pub(super) range: BlockRange,
-    payload: Option<Payload>,
+    pub(super) payload: Option<Payload>,
     durable: bool,
     /// Given by somebody else: the change then stands in its volume's queue.
     pub(super) stamp: Option<Stamp>,
@@ -70,8 +70,13 @@ impl Change {
         }
     }
 
+    /// Does it not depend on what was to be appended before it?
+    pub(super) fn goes_on_in_a_broken_order(&self) -> bool {
+        self.kind.is_about_the_volume() && (self.kind == EntryKind::Promise || self.range.count != FILL_ENDS)
+    }
+
     /// Those with payload wait for space in one line, those without in another.
-    fn line(&self) -> usize {
+    pub(super) fn line(&self) -> usize {
         usize::from(self.payload.is_none())
     }
 }
@@ -219,7 +224,7 @@ impl Lane {
 
     /// A change waits for space and none can come, as when all garbage lies in segments that damage keeps from being
     /// emptied: it is refused rather than left to wait for ever. One that was numbered elsewhere cannot fail singly: it
-    /// waits. So does one that lacks a buffer or a page while there are segments: somebody gives those back.
+    /// waits, unless nobody counts on it. So does one that lacks a buffer or a page while there are segments: somebody gives those back.
     pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         for (line, kind) in [(0, EntryKind::Data), (1, EntryKind::Trim)] {
             let has_segments = self.can_advance(StreamKind::Client, kind);
@@ -227,10 +232,18 @@ impl Lane {
             if self.blocked[line].is_empty() || has_segments || room_may_come || !self.cleaning_is_over() {
                 continue;
             }
-            let first = self.blocked[line].iter().position(|index| self.changes.get(*index).stamp.is_none());
+            let may_refuse = |index: &u32| {
+                let change = self.changes.get(*index);
+                let volume = &self.volumes[change.range.volume as usize];
+                change.stamp.is_none() || volume.may_refuse() && !change.goes_on_in_a_broken_order()
+            };
+            let first = self.blocked[line].iter().position(may_refuse);
             if let Some(index) = first.and_then(|position| self.blocked[line].remove(position)) {
                 self.counters.refused_no_space += 1;
+                let change = self.changes.get(index);
+                let ordered = change.stamp.map(|_| change.range.volume);
                 self.refuse_change(context, index, RequestError::NoSpace);
+                ordered.into_iter().for_each(|volume| self.advance_order(context, volume));
             }
         }
     }
@@ -259,8 +272,11 @@ impl Lane {
         if change.is_cancelled {
             return Verdict::Refused(RequestError::ShuttingDown);
         }
-        if self.failed || change.leaf_is_damaged || stamp.is_some() && self.order_is_broken(range.volume) {
+        if self.failed || change.leaf_is_damaged {
             return Verdict::Refused(RequestError::Io);
+        }
+        if let (Some(_), Some(error)) = (stamp, self.order_is_broken(range.volume, change)) {
+            return Verdict::Refused(error);
         }
         if let Err(verdict) = self.gather_leaves(context, index) {
             return verdict;
@@ -274,7 +290,8 @@ impl Lane {
             return Verdict::Appended;
         }
         let new_blocks = if payload.is_some() { self.count_new_blocks(range, frames) } else { 0 };
-        if stamp.is_none() && !self.has_room_for(new_blocks) {
+        let may_refuse = stamp.is_none() || self.volumes[range.volume as usize].may_refuse();
+        if may_refuse && !self.has_room_for(new_blocks) {
             self.is_short |= self.pool_share.room_may_come;
             if self.unapplied_new_blocks == 0 && !self.pool_share.room_may_come {
                 self.counters.refused_no_space += 1;
@@ -389,12 +406,17 @@ impl Lane {
 
     /// Ends a change with an error: its leaf cannot be read, or the lane has failed. What is numbered after it cannot be
     /// appended either: there would be a gap.
-    fn refuse_change<M: Memory>(&mut self, context: &mut Context<'_, M>, index: u32, error: RequestError) {
+    pub(super) fn refuse_change<M: Memory>(
+        &mut self,
+        context: &mut Context<'_, M>,
+        index: u32,
+        error: RequestError,
+    ) {
         let change = self.changes.remove(index);
         change.frames.iter().flatten().for_each(|frame| self.map.unpin(*frame));
         if change.stamp.is_some() {
             self.leave_order(change.range.volume, index);
-            self.break_order(change.range.volume);
+            self.break_order(change.range.volume, error);
         }
         if let Some(payload) = change.payload {
             payload.let_go(context.pages);
@@ -446,7 +468,12 @@ impl Lane {
         let begins_to_fill = entry.kind == EntryKind::Fill && entry.count == FILL_BEGINS;
         if entry.kind.is_change() || begins_to_fill {
             let stamp = Stamp { epoch: entry.epoch, sequence: entry.sequence };
-            self.volumes[range.volume as usize].numbered = stamp;
+            let volume = &mut self.volumes[range.volume as usize];
+            volume.numbered = stamp;
+            if begins_to_fill && volume.order.broken.take().is_some() {
+                // What was left out for want of room is not of this order.
+                volume.order.taken = stamp;
+            }
         }
         self.unapplied_new_blocks += u64::from(new_blocks);
         if entry.kind.has_payload() {
@@ -477,26 +504,13 @@ impl Lane {
         u32::try_from(new).expect("at most a piece")
     }
 
-    /// Would a write of this range still fit, beside all that was taken in before? For those who number changes: once it
-    /// has a number it cannot be refused. Overwriting always fits; where the map of the range is not in memory, it counts
-    /// as new.
-    pub fn has_room_beside_queue(&mut self, range: BlockRange) -> bool {
-        let frames = self.frames_here(range);
-        let new_blocks = frames.map_or(range.count, |frames| self.count_new_blocks(range, frames));
-        let queued = self.volumes.iter().flat_map(|volume| &volume.order.queue);
-        let queued = queued.map(|index| self.changes.get(*index)).filter(|change| change.payload.is_some());
-        let queued_blocks: u32 = queued.map(|change| change.range.count).sum();
-        let fits = new_blocks == 0 || self.has_room_for(queued_blocks + new_blocks);
-        self.counters.refused_no_space += u64::from(!fits);
-        fits
-    }
-
     /// Would so many more live blocks leave the cleaner enough to work with? Overwriting adds none.
     fn has_room_for(&self, new_blocks: u32) -> bool {
         if new_blocks == 0 {
             return true;
         }
-        let wanted = self.segments.live_total() + self.unapplied_new_blocks + u64::from(new_blocks);
+        let taken = self.segments.live_total() + self.unapplied_new_blocks + self.promised_blocks();
+        let wanted = taken + u64::from(new_blocks);
         wanted <= self.capacity_blocks()
     }
 }

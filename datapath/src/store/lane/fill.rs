@@ -9,6 +9,7 @@
 //! not. Its stamp says only which changes it was given since filling began.
 
 use super::change::Change;
+use super::room::Standing;
 use super::stamped::Numbering;
 use super::stream::Record;
 use super::{BlockRange, Context, Lane, Payload};
@@ -36,7 +37,8 @@ impl Lane {
     ) {
         let order = &mut self.volumes[volume as usize].order;
         // What could not be appended is of no importance any more.
-        order.broken &= !order.queue.is_empty();
+        order.broken = order.broken.filter(|_| !order.queue.is_empty());
+        (order.standing, order.promised_room) = (Standing::Filling, 0);
         let taken = std::mem::replace(&mut order.taken, stamp);
         let begun = self.may_enqueue(volume) && {
             self.enqueue_fill(context, None, volume, FILL_BASE, base);
@@ -57,7 +59,12 @@ impl Lane {
     /// If the volume is not [lasting](Self::is_lasting), or the lane numbers its changes itself.
     pub fn end_filling<M: Memory>(&mut self, context: &mut Context<'_, M>, cookie: u32, volume: u32) {
         let stamp = self.last_stamp(volume);
-        if self.may_enqueue(volume) {
+        let order = &mut self.volumes[volume as usize].order;
+        if let Some(error) = order.refusal() {
+            // It cannot be complete.
+            self.complete(cookie, Err(error));
+        } else if self.may_enqueue(volume) {
+            self.volumes[volume as usize].order.standing = Standing::Filled;
             self.enqueue_fill(context, Some(cookie), volume, FILL_ENDS, stamp);
         } else {
             self.complete(cookie, Err(RequestError::Io));
@@ -65,7 +72,7 @@ impl Lane {
     }
 
     fn may_enqueue(&self, volume: u32) -> bool {
-        !self.failed && !self.volumes[volume as usize].order.broken
+        !self.failed && self.volumes[volume as usize].order.broken != Some(RequestError::Io)
     }
 
     fn enqueue_fill<M: Memory>(
@@ -106,11 +113,11 @@ impl Lane {
         let inside = volume.order.lasting_blocks.is_some_and(|size| end <= size);
         assert!(fits && one_leaf && inside, "a copy of {range:?}");
         volume.numbering.choose(Numbering::ByStamps);
-        if self.failed || volume.order.broken {
+        if let Some(error) = volume.order.refusal().or_else(|| self.failed.then_some(RequestError::Io)) {
             if let Some(payload) = payload {
                 payload.let_go(context.pages);
             }
-            return self.complete(cookie, Err(RequestError::Io));
+            return self.complete(cookie, Err(error));
         }
         let kind = if payload.is_some() { EntryKind::CopyData } else { EntryKind::CopyZero };
         // A leaf with sequence 0 would count as one that never was.

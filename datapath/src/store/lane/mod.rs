@@ -18,6 +18,7 @@ mod fetch;
 mod fill;
 mod leaf;
 mod read;
+mod room;
 mod space;
 mod stamped;
 mod stream;
@@ -56,6 +57,7 @@ pub use change::Release;
 pub use changed::{Changed, Extent};
 pub use fetch::{FetchOutcome, Fetched};
 pub use read::{BlockBits, BlocksRead, HoleMap};
+pub use room::{NewBlocks, RoomPromised};
 
 /// When is a change answered?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,13 +5,14 @@ use super::{Lane, WORKING_SEGMENTS};
 use crate::store::layout::SegmentIndex;
 
 impl Lane {
-    /// Segments that the lane cannot do without: those that its live blocks would fill, and those it works in.
+    /// Segments that the lane cannot do without: those that its live blocks would fill, with all that was promised, and those
+    /// it works in.
     #[must_use]
     pub fn segments_needed(&self) -> u32 {
         if self.volumes.is_empty() {
             return 0;
         }
-        let blocks = self.segments.live_total() + self.unapplied_new_blocks;
+        let blocks = self.blocks_spoken_for();
         let filled = blocks.div_ceil(u64::from(self.config.layout.usable_blocks()));
         u32::try_from(filled).expect("segments fit 32 bits") + self.working_segments()
     }

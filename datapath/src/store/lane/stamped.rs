@@ -9,6 +9,7 @@
 //! order: it and all behind it are refused, until it comes again.
 
 use super::change::{Change, Verdict};
+use super::room::Standing;
 use super::stream::Record;
 use super::{BlockRange, Context, Lane, Payload, Volume};
 use crate::limits::PIECE_BLOCKS_MAX;
@@ -64,14 +65,25 @@ pub(super) struct Order {
     pub(super) queue: VecDeque<u32>,
     /// The last change taken in.
     pub(super) taken: Stamp,
-    /// A change could not be appended: none behind it can be, before it comes again.
-    pub(super) broken: bool,
+    /// A change could not be appended, for this reason: none behind it can be, before it comes again.
+    pub(super) broken: Option<RequestError>,
+    /// How its changes come to have room, and how many blocks its head may count on.
+    pub(super) standing: Standing,
+    pub(super) promised_room: u32,
     /// The promise that is on stable media.
     promised: u32,
     /// Size in the checkpoint that stands in all four roots; nothing if none names the volume.
     pub(super) lasting_blocks: Option<u64>,
     /// Where the last fetch ended.
     pub(super) fetch_cursor: Option<super::fetch::FetchCursor>,
+}
+
+impl Order {
+    /// Why nothing that comes now can be appended, if so. What comes while others are being left out has no room, whatever
+    /// was the matter with those.
+    pub(super) fn refusal(&self) -> Option<RequestError> {
+        self.broken.map(|error| if error == RequestError::Io { error } else { RequestError::NoSpace })
+    }
 }
 
 impl Volume {
@@ -99,7 +111,8 @@ impl Volume {
 impl Lane {
     /// Appends a change that somebody else has numbered. The changes of a volume enter the log in the order of the
     /// calls, whatever they wait for. Each is answered when it and all before it are on stable media, under either
-    /// policy. None is refused for want of space: it waits.
+    /// policy. None is refused for want of space, it waits, unless the volume is being filled: then it and all that follow
+    /// are answered with [`RequestError::NoSpace`] until the owner [knows](Self::resume_order).
     ///
     /// A change that cannot be appended (its leaf is damaged, or the lane has failed) is answered with
     /// [`RequestError::Io`], and so are all that follow it, until the one after [`Self::last_stamp`] comes again with
@@ -128,12 +141,12 @@ impl Lane {
         volume.numbering.choose(Numbering::ByStamps);
         let order = &mut volume.order;
         let follows = stamp.sequence == order.taken.sequence + 1;
-        order.broken &= !(follows && order.queue.is_empty());
-        if self.failed || order.broken {
+        order.broken = order.broken.filter(|_| !(follows && order.queue.is_empty()));
+        if let Some(error) = order.refusal().or_else(|| self.failed.then_some(RequestError::Io)) {
             if let Some(payload) = payload {
                 payload.let_go(context.pages);
             }
-            return self.complete(cookie, Err(RequestError::Io));
+            return self.complete(cookie, Err(error));
         }
         assert!(follows && stamp.epoch >= order.taken.epoch, "{stamp:?} after {:?}", order.taken);
         order.taken = stamp;
@@ -150,7 +163,7 @@ impl Lane {
         let known = &mut self.volumes[volume as usize];
         assert!(known.order.lasting_blocks.is_some(), "volume {volume} does not last");
         known.numbering.choose(Numbering::ByStamps);
-        if self.failed || known.order.broken {
+        if self.failed || known.order.broken == Some(RequestError::Io) {
             return self.complete(cookie, Err(RequestError::Io));
         }
         let stamp = Some(Stamp { epoch, sequence: known.order.taken.sequence });
@@ -218,14 +231,17 @@ impl Lane {
     }
 
     /// A change was refused: what is behind it must not be appended.
-    pub(super) fn break_order(&mut self, volume: u32) {
+    pub(super) fn break_order(&mut self, volume: u32, error: RequestError) {
         let volume = &mut self.volumes[volume as usize];
-        volume.order.broken = true;
+        volume.order.broken = Some(error);
         volume.order.taken = volume.numbered;
     }
 
-    pub(super) fn order_is_broken(&self, volume: u32) -> bool {
-        self.volumes[volume as usize].order.broken
+    /// Why a change must not be appended, if one before it was not. Where it was left out, promises go on, and
+    /// so does the beginning of the next fill. The end of this one does not: it would state that everything is here.
+    pub(super) fn order_is_broken(&self, volume: u32, change: &Change) -> Option<RequestError> {
+        let broken = self.volumes[volume as usize].order.broken;
+        broken.filter(|error| *error == RequestError::Io || !change.goes_on_in_a_broken_order())
     }
 
     /// A promise takes effect. It counts once it is on stable media, which may be so already.

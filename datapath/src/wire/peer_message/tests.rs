@@ -8,6 +8,7 @@ const CHANGE: ChangeHeader = ChangeHeader {
     count: 2,
     stamp: STAMP,
     previous: Stamp { epoch: 2, sequence: STAMP.sequence - 1 },
+    new_blocks: 1,
 };
 
 const COPY: CopyHeader = CopyHeader { data: true, block: 1022, count: 2 };
@@ -26,7 +27,9 @@ fn frame(message: PeerMessage) -> PeerFrame {
 }
 
 fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
-    let released = ChangeHeader { kind: ChangeKind::Trim, count: 500, ..CHANGE };
+    let released = ChangeHeader { kind: ChangeKind::Trim, count: 500, new_blocks: 0, ..CHANGE };
+    let question = Some(RoomQuestion { keeps: 1, needs: 2, wants: 3 });
+    let answer = |may_grow| Some(RoomAnswer { granted: 2, may_grow });
     let plain = [
         PeerMessage::Promise { epoch: 4 },
         PeerMessage::Promised { epoch: 4, last: STAMP, granted_ns: 7 },
@@ -36,8 +39,12 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::Gap { epoch: 4, last: STAMP },
         PeerMessage::Fetch { epoch: 4, sequence: 8 },
         PeerMessage::FetchGone { epoch: 4, sequence: 8 },
-        PeerMessage::Lease { epoch: 4, asked_ns: 99, committed: 98 },
-        PeerMessage::Leased { epoch: 4, asked_ns: 99 },
+        PeerMessage::Lease { epoch: 4, asked_ns: 99, committed: 98, room: None },
+        PeerMessage::Lease { epoch: 4, asked_ns: 99, committed: 98, room: question },
+        PeerMessage::Leased { epoch: 4, asked_ns: 99, room: None },
+        PeerMessage::Leased { epoch: 4, asked_ns: 99, room: answer(false) },
+        PeerMessage::Leased { epoch: 4, asked_ns: 99, room: answer(true) },
+        PeerMessage::NoRoom { epoch: 4 },
         PeerMessage::Compare { epoch: 4, fill: 6, base: STAMP },
         PeerMessage::Surplus { epoch: 4, fill: 6, block: 1000, count: 24 },
         PeerMessage::Compared { epoch: 4, fill: 6, known: true },
@@ -90,21 +97,21 @@ fn a_change_keeps_its_bytes() {
     let change = frame(PeerMessage::Change { epoch: 4, change: CHANGE, committed: 8 });
     let bytes = encoded(change, &[0xaabb, 0xccdd]);
     let golden = [
-        &b"BRTP\x01\x05\x01\0"[..],
+        &b"BRTP\x02\x05\x01\0"[..],
         &bytes[8..12],
         &[0, 0, 0, 8, 0, 0, 0x20, 0, 0, 0, 0, 9, 0, 0, 0, 4, 0, 0, 0, 100, 0, 0, 0, 2, 0, 0, 0, 3],
-        &[0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8],
+        &[0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 8],
         &[0, 0, 0xaa, 0xbb, 0, 0, 0xcc, 0xdd],
     ];
     assert_eq!(bytes, golden.concat());
-    assert_eq!(bytes[8..12], 0xd270_ae2e_u32.to_be_bytes());
+    assert_eq!(bytes[8..12], 0xa9bf_1e3c_u32.to_be_bytes());
 }
 
 /// A message of epoch 4 about volume 9 has this kind and kind of change, these lengths, and these words from the first
 /// block on.
 fn golden(message: PeerMessage, checksums: &[u32], kind: u8, change: u8, lengths: [u32; 2], rest: [u32; 9]) {
     let bytes = encoded(frame(message), checksums);
-    let mut expected = b"BRTP\x01".to_vec();
+    let mut expected = b"BRTP\x02".to_vec();
     expected.extend([kind, change, 0]);
     expected.extend(&bytes[8..12]);
     [&lengths[..], &[9, 4], &rest, checksums]
@@ -128,6 +135,31 @@ fn messages_of_a_read_keep_their_bytes() {
         words(1022, 2),
     );
     golden(PeerMessage::Unreadable { epoch: 4, read }, &[], 21, 0, [0, 0], words(0, 0));
+}
+
+#[test]
+fn messages_about_room_keep_their_bytes() {
+    let room = Some(RoomQuestion { keeps: 7, needs: 9, wants: 11 });
+    let lease = PeerMessage::Lease { epoch: 4, asked_ns: 0x5_0000_0006, committed: 8, room };
+    golden(lease, &[], 11, 1, [0, 0], [7, 9, 0, 0, 8, 0, 11, 5, 6]);
+    for (may_grow, code) in [(false, 1), (true, 3)] {
+        let room = Some(RoomAnswer { granted: 9, may_grow });
+        let leased = PeerMessage::Leased { epoch: 4, asked_ns: 6, room };
+        golden(leased, &[], 12, code, [0, 0], [0, 9, 0, 0, 0, 0, 0, 0, 6]);
+    }
+    golden(PeerMessage::NoRoom { epoch: 4 }, &[], 22, 0, [0, 0], [0; 9]);
+}
+
+#[test]
+fn a_change_takes_no_more_than_it_writes() {
+    let taking = |kind, new_blocks| {
+        let change = ChangeHeader { kind, new_blocks, ..CHANGE };
+        let checksums = if kind == ChangeKind::Data { &[1, 2][..] } else { &[] };
+        encoded(frame(PeerMessage::Change { epoch: 4, change, committed: 8 }), checksums)
+    };
+    assert!(PeerFrame::decode(&taking(ChangeKind::Data, 2)).is_ok());
+    assert_eq!(PeerFrame::decode(&taking(ChangeKind::Data, 3)), Err(WireError::Range));
+    assert_eq!(PeerFrame::decode(&taking(ChangeKind::Trim, 1)), Err(WireError::Range));
 }
 
 #[test]
@@ -218,7 +250,7 @@ fn forged(frame: PeerFrame, checksums: &[u32], edits: &[(usize, u32)]) -> Vec<u8
 #[test]
 fn fields_that_cannot_be_are_refused() {
     let change = frame(PeerMessage::Change { epoch: 4, change: CHANGE, committed: 8 });
-    let released = ChangeHeader { kind: ChangeKind::Zero, ..CHANGE };
+    let released = ChangeHeader { kind: ChangeKind::Zero, new_blocks: 0, ..CHANGE };
     let released = frame(PeerMessage::Change { epoch: 4, change: released, committed: 8 });
     let data: [&[(usize, u32)]; 7] = [
         &[(32, 0)],               // no blocks
@@ -235,6 +267,11 @@ fn fields_that_cannot_be_are_refused() {
     for edits in [&[(32, RELEASED_BLOCKS_MAX + 1)][..], &[(16, BLOCK_BYTES)]] {
         assert_eq!(PeerFrame::decode(&forged(released, &[], edits)), Err(WireError::Range), "{edits:?}");
     }
+    let plain = frame(PeerMessage::Leased { epoch: 4, asked_ns: 6, room: None });
+    // Room that is not said to be any, and another kind of it.
+    for edits in [&[(32, 1)][..], &[(4, 0x020c_0200)]] {
+        assert_eq!(PeerFrame::decode(&forged(plain, &[], edits)), Err(WireError::Range), "{edits:?}");
+    }
     let copy = frame(PeerMessage::Copy { epoch: 4, fill: 6, copy: COPY });
     let zeroes = CopyHeader { data: false, ..COPY };
     let zeroes = frame(PeerMessage::Copy { epoch: 4, fill: 6, copy: zeroes });
@@ -244,7 +281,7 @@ fn fields_that_cannot_be_are_refused() {
         assert_eq!(PeerFrame::decode(&forged(copy, &[1, 2], edits)), Err(WireError::Range), "{edits:?}");
     }
     // More than a leaf, and a trim.
-    for edits in [&[(28, 512), (32, 513)][..], &[(32, u32::MAX)], &[(4, 0x010f_0400)]] {
+    for edits in [&[(28, 512), (32, 513)][..], &[(32, u32::MAX)], &[(4, 0x020f_0400)]] {
         assert_eq!(PeerFrame::decode(&forged(zeroes, &[], edits)), Err(WireError::Range), "{edits:?}");
     }
     assert_eq!(PeerFrame::decode(&forged(fill, &[], &[(36, 5)])), Err(WireError::Range), "a later epoch");
@@ -261,7 +298,7 @@ fn fields_that_cannot_be_are_refused() {
     }
     let mut header = *encoded(change, &[1, 2]).first_chunk::<PEER_HEADER_BYTES>().unwrap();
     for (at, value, error) in
-        [(0, 0, WireError::Magic), (4, 2 << 24, WireError::Kind), (12, u32::MAX, WireError::Range)]
+        [(0, 0, WireError::Magic), (4, 1 << 24, WireError::Kind), (12, u32::MAX, WireError::Range)]
     {
         let right: [u8; 4] = header[at..at + 4].try_into().unwrap();
         header[at..at + 4].copy_from_slice(&u32::to_be_bytes(value));

@@ -13,7 +13,8 @@ use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::{NodeId, Stamp, VolumeNumber};
 use crate::replica::bugs::PlantedBug;
-use crate::store::lane::{BlockRange, Completion, HoleMap, Payload};
+use crate::request::RequestError;
+use crate::store::lane::{BlockRange, Completion, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 use crate::wire::peer_message::{CopyHeader, PeerFrame, PeerMessage};
 
@@ -98,7 +99,7 @@ impl<M: Memory> Shard<M> {
             volume,
             piece,
             memory,
-            &self.lacking_runs(index, &piece, &completion.holes),
+            &self.lacking_runs(index, &piece, completion, memory),
         );
         self.unuse(memory);
         let next_block = u64::from(piece.first) + u64::from(piece.count);
@@ -108,10 +109,24 @@ impl<M: Memory> Shard<M> {
     }
 
     /// What of a piece is lacking: runs of data and of holes.
-    fn lacking_runs(&self, index: usize, piece: &CopyPiece, holes: &HoleMap) -> Vec<CopyHeader> {
+    fn lacking_runs(
+        &self,
+        index: usize,
+        piece: &CopyPiece,
+        completion: &Completion,
+        memory: MemoryRange,
+    ) -> Vec<CopyHeader> {
         let mut runs: Vec<CopyHeader> = Vec::new();
+        // Another replica that read in place of this one has not told which blocks are holes.
+        let is_hole = |offset: u32| match completion.read {
+            Some(_) => completion.holes.is_hole(offset),
+            None => {
+                let block = memory.part((1 + offset) * BLOCK_BYTES, BLOCK_BYTES);
+                self.memory.bytes(block).iter().all(|byte| *byte == 0)
+            }
+        };
         for offset in 0..piece.count {
-            let (block, data) = (piece.first + offset, !holes.is_hole(offset));
+            let (block, data) = (piece.first + offset, !is_hole(offset));
             if !(self.lacks(index, &piece.wish, block) || !data && piece.holes) {
                 continue;
             }
@@ -188,7 +203,7 @@ impl<M: Memory> Shard<M> {
         }
         if runs.is_empty() || is_kept {
             self.drop_payload_of_peer(memory);
-            return self.finish_copy(index, fill, true, true);
+            return self.finish_copy(index, fill, true, Ok(()));
         }
         for (position, (block, count)) in runs.iter().copied().enumerate() {
             let last = position + 1 == runs.len();
@@ -207,9 +222,15 @@ impl<M: Memory> Shard<M> {
     }
 
     /// A run of a copy is on stable media, or cannot be appended.
-    pub(super) fn finish_copy(&mut self, index: usize, fill: u64, last: bool, good: bool) {
-        if !good {
-            return self.fail_member(index);
+    pub(super) fn finish_copy(
+        &mut self,
+        index: usize,
+        fill: u64,
+        last: bool,
+        result: Result<(), RequestError>,
+    ) {
+        if let Err(error) = result {
+            return self.append_failed(index, error);
         }
         if let Some(member) = self.replication.replicas[index].member.as_mut().filter(|_| last) {
             member.copy_stored(fill);
@@ -218,9 +239,15 @@ impl<M: Memory> Shard<M> {
     }
 
     /// The beginning or the end of a fill is on stable media, or cannot be stored.
-    pub(super) fn finish_fill_mark(&mut self, index: usize, fill: u64, begins: bool, good: bool) {
-        if !good {
-            return self.fail_member(index);
+    pub(super) fn finish_fill_mark(
+        &mut self,
+        index: usize,
+        fill: u64,
+        begins: bool,
+        result: Result<(), RequestError>,
+    ) {
+        if let Err(error) = result {
+            return self.append_failed(index, error);
         }
         if let Some(member) = &mut self.replication.replicas[index].member {
             if begins { member.fill_stored(fill) } else { member.end_stored(fill) }

@@ -3,15 +3,16 @@
 use super::super::Shard;
 use super::content::Content;
 use super::fill::CopyWish;
+use super::room::{Loading, WaitingWrite};
 use super::{Leader, Replica};
 use crate::checksum::crc32c;
 use crate::engine::ports::ConnectionId;
 use crate::memory::Memory;
 use crate::record::{ChangeKind, NodeId, VolumeNumber};
 use crate::replica::bugs::PlantedBug;
-use crate::replica::head::HeadEffect;
+use crate::replica::head::{HeadEffect, Room};
 use crate::request::RequestError;
-use crate::store::lane::{BlockRange, Completion, HoleMap};
+use crate::store::lane::{Completion, HoleMap};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange, Moment};
 use crate::wire::peer_message::{ChangeHeader, PeerFrame, PeerMessage};
 
@@ -25,21 +26,52 @@ impl<M: Memory> Shard<M> {
         (block, count): (u32, u32),
         memory: Option<MemoryRange>,
     ) {
-        let now = self.now;
-        let timely = self.is_of_this_term(self.pieces.get(piece).task);
-        if timely && kind == ChangeKind::Data && !self.has_room_here(index, block, count) {
-            if let Some(memory) = memory {
-                self.pages.release(memory);
-            }
-            return self.finish_later(piece, Err(RequestError::NoSpace));
+        if !self.is_of_this_term(self.pieces.get(piece).task) {
+            return self.refuse_untimely(piece, memory);
         }
-        let head = &mut self.replication.replicas[index].head;
-        let submitted = timely.then(|| head.submit(now, piece, kind, block, count));
-        let Some(Ok(stamp)) = submitted else {
-            if let Some(memory) = memory {
-                self.pages.release(memory);
+        let (ChangeKind::Data, Some(memory)) = (kind, memory) else {
+            return self.number_change(index, piece, kind, (block, count, 0), memory);
+        };
+        let since = self.now;
+        let mut write =
+            WaitingWrite { piece, blocks: (block, count), memory, since, loading: Loading::Nothing };
+        // What takes no new blocks passes those that wait for room.
+        let in_line = !self.replication.replicas[index].waiting_room.is_empty();
+        if in_line && self.takes_new_blocks(index, block, count) {
+            return self.replication.replicas[index].waiting_room.push_back(write);
+        }
+        match self.find_room(index, &mut write) {
+            (Room::Granted, new_blocks) => {
+                self.number_change(index, piece, kind, (block, count, new_blocks), Some(memory));
             }
-            return self.finish_later(piece, Err(RequestError::ShuttingDown));
+            (Room::Awaited | Room::Lacking, _) => {
+                self.replication.replicas[index].waiting_room.push_back(write);
+                self.progress = true;
+            }
+        }
+        self.settle_head(index);
+    }
+
+    fn refuse_untimely(&mut self, piece: u32, memory: Option<MemoryRange>) {
+        if let Some(memory) = memory {
+            self.pages.release(memory);
+        }
+        self.finish_later(piece, Err(RequestError::ShuttingDown));
+    }
+
+    /// Gives a change its number: there is room for the blocks that it newly takes.
+    pub(super) fn number_change(
+        &mut self,
+        index: usize,
+        piece: u32,
+        kind: ChangeKind,
+        (block, count, new_blocks): (u32, u32, u32),
+        memory: Option<MemoryRange>,
+    ) {
+        let now = self.now;
+        let head = &mut self.replication.replicas[index].head;
+        let Ok(stamp) = head.submit(now, piece, kind, block, (count, new_blocks)) else {
+            return self.refuse_untimely(piece, memory);
         };
         self.replication.replicas[index].peer_reads.note_change(block, count);
         self.replication.replicas[index].checking.checks.note_change(block, count);
@@ -51,14 +83,6 @@ impl<M: Memory> Shard<M> {
             Content { sequence: stamp.sequence, piece: Some(piece), memory, checksums, peer_pages: 0 };
         self.replication.replicas[index].contents.push(content);
         self.settle_head(index);
-    }
-
-    /// Does a write fit into the own replica's pool? A change that has a number must not lack space. Of the other
-    /// replicas' space nothing is known here.
-    fn has_room_here(&mut self, index: usize, block: u32, count: u32) -> bool {
-        let served = &self.served[self.replication.replicas[index].served];
-        let range = BlockRange { volume: served.volume, block, count };
-        self.lanes[served.lane].lane.has_room_beside_queue(range)
     }
 
     fn checksums_of(&self, memory: MemoryRange) -> Vec<u32> {
@@ -88,10 +112,10 @@ impl<M: Memory> Shard<M> {
                 HeadEffect::Fetch { member, epoch, sequence } => {
                     self.ask_member(index, member, PeerMessage::Fetch { epoch, sequence });
                 }
-                HeadEffect::Lease { member, epoch } => {
-                    let asked_ns = self.now.0;
+                HeadEffect::Lease { member, epoch, asked, room } => {
                     let committed = self.replication.replicas[index].head.settled();
-                    self.ask_member(index, member, PeerMessage::Lease { epoch, asked_ns, committed });
+                    let lease = PeerMessage::Lease { epoch, asked_ns: asked.0, committed, room };
+                    self.ask_member(index, member, lease);
                 }
                 HeadEffect::Change { member, epoch, change } => {
                     self.send_change(index, member, epoch, change);
@@ -197,16 +221,23 @@ impl<M: Memory> Shard<M> {
             PeerMessage::Ack { epoch, through } => head.acked(now, member, epoch, through),
             PeerMessage::Gap { epoch, last } => head.gap(now, member, epoch, last),
             PeerMessage::FetchGone { epoch, .. } => head.fetch_gone(now, member, epoch),
-            PeerMessage::Leased { epoch, asked_ns } => {
+            PeerMessage::Leased { epoch, asked_ns, room } => {
                 let late = self.replication.bugs.has(PlantedBug::LeaseFromReceipt);
                 let asked = if late { now } else { Moment(asked_ns) };
-                self.replication.replicas[index].head.leased(now, member, epoch, asked);
+                let head = &mut self.replication.replicas[index].head;
+                head.leased(now, member, epoch, asked);
+                head.granted(now, member, epoch, Moment(asked_ns), room);
+                self.progress |= !self.replication.replicas[index].waiting_room.is_empty();
             }
             PeerMessage::Surplus { fill, block, count, .. } => self.note_surplus(index, fill, (block, count)),
             PeerMessage::Compared { epoch, fill, known } => head.compared(now, member, epoch, fill, known),
             PeerMessage::Filling { epoch, fill } => head.filling(now, member, epoch, fill),
             PeerMessage::Copied { epoch, fill, copies } => head.copied(now, member, epoch, fill, copies),
             PeerMessage::Complete { epoch, fill } => head.complete(now, member, epoch, fill),
+            PeerMessage::NoRoom { epoch } => {
+                self.replication.repairs.fills_without_room += 1;
+                head.no_room(now, member, epoch);
+            }
             // The record will tell what has become of this head.
             PeerMessage::Refused { .. } => {}
             PeerMessage::Fetched { epoch, change } => {
@@ -280,6 +311,7 @@ impl<M: Memory> Shard<M> {
             self.let_go(content, Err(RequestError::ShuttingDown));
         }
         self.fail_held(index);
+        self.end_waiting(index);
         let replica = &mut self.replication.replicas[index];
         (replica.waiting_copy, replica.source) = (None, None);
         self.fail_peer_reads(index);

@@ -3,7 +3,7 @@
 //! | | the caller's heads | the called node's members |
 //! |---|---|---|
 //! | send | promise, change, fetch, lease | promised, refused, ack, gap, fetched, gone, leased |
-//! | to fill | fill, copy, filled | filling, copied, complete |
+//! | to fill | fill, copy, filled | filling, copied, complete, no room |
 //! | for what the head's replica cannot give | read | blocks, unreadable |
 //! | to compare the replicas in sync, if both know how | check: ask, mend | check: digest, unknown, mended |
 //!

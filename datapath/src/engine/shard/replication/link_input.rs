@@ -207,6 +207,7 @@ impl<M: Memory> Shard<M> {
                 | PeerMessage::Filling { .. }
                 | PeerMessage::Copied { .. }
                 | PeerMessage::Complete { .. }
+                | PeerMessage::NoRoom { .. }
                 | PeerMessage::Blocks { .. }
                 | PeerMessage::Unreadable { .. }
         ) || matches!(frame.message, PeerMessage::Check(check) if check.is_answer());

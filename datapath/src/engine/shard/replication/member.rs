@@ -9,9 +9,12 @@ use crate::memory::Memory;
 use crate::record::{NodeId, Record, VolumeNumber};
 use crate::replica::bugs::PlantedBug;
 use crate::replica::member::{Member, Step};
+use crate::request::RequestError;
 use crate::store::lane::{BlockRange, FetchOutcome, Fetched, OwnedPayload, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
-use crate::wire::peer_message::{ChangeHeader, PEER_PAYLOAD_BYTES_MAX, PeerFrame, PeerMessage};
+use crate::wire::peer_message::{
+    ChangeHeader, PEER_PAYLOAD_BYTES_MAX, PeerFrame, PeerMessage, RoomAnswer, RoomQuestion,
+};
 
 impl<M: Memory> Shard<M> {
     /// The member of a volume begins when the volume lasts in its lane.
@@ -33,12 +36,17 @@ impl<M: Memory> Shard<M> {
         if replica.lost {
             return;
         }
+        let may_be_led = replica.head.record().is_in_sync(node) && replica.head.record().last_started > 0;
         let mut member = Member::new(self.now, lane.promised(volume), lane.last_stamp(volume), filling);
         let now = self.now;
         member.plant(now, self.replication.bugs);
         let replica = &mut self.replication.replicas[index];
         replica.member = Some(member);
         replica.head.member_up(now, node);
+        if may_be_led {
+            let served = &self.served[replica.served];
+            self.lanes[served.lane].lane.assume_room_promised(served.volume);
+        }
     }
 
     /// A head on another node asks.
@@ -106,8 +114,13 @@ impl<M: Memory> Shard<M> {
             replica.leader = asker;
         }
         match (step, message) {
-            (Step::Append, PeerMessage::Change { change, committed, .. }) => {
+            (Step::Append, PeerMessage::Change { epoch, change, committed }) => {
                 self.note_committed(index, committed);
+                if change.stamp.epoch == epoch {
+                    // What others have left behind was numbered within what their heads had been promised.
+                    let volume = self.served[self.replication.replicas[index].served].volume;
+                    self.lane_of_replica(index).use_room(volume, change.new_blocks);
+                }
                 return self.append_change(index, asker, change, memory);
             }
             (Step::StorePromise(epoch), _) => self.store_promise(index, epoch),
@@ -128,13 +141,12 @@ impl<M: Memory> Shard<M> {
                 return self.append_copy(index, asker, (fill, copy), &runs, memory);
             }
             (Step::EndFill { fill }, _) => self.end_fill_here(index, fill),
-            (Step::Answer(answer), _) => {
-                if let (PeerMessage::Lease { committed, .. }, PeerMessage::Leased { .. }) = (message, answer)
-                {
-                    self.note_committed(index, committed);
-                }
-                self.send_answer(index, asker, answer);
+            (Step::Lease { asked_ns, room }, PeerMessage::Lease { epoch, committed, .. }) => {
+                self.note_committed(index, committed);
+                let room = room.and_then(|question| self.promise_room(index, question));
+                self.send_answer(index, asker, PeerMessage::Leased { epoch, asked_ns, room });
             }
+            (Step::Answer(answer), _) => self.send_answer(index, asker, answer),
             (Step::Violation, _) => match asker {
                 Leader::Link(id, _) => self.close_link(id),
                 Leader::ThisNode | Leader::Nobody => panic!("the own head sent {message:?}"),
@@ -142,6 +154,13 @@ impl<M: Memory> Shard<M> {
             _ => {}
         }
         self.drop_payload_of_peer(theirs);
+    }
+
+    fn promise_room(&mut self, index: usize, question: RoomQuestion) -> Option<RoomAnswer> {
+        let RoomQuestion { keeps, needs, wants } = question;
+        let volume = self.served[self.replication.replicas[index].served].volume;
+        let promised = self.lane_of_replica(index).promise_room(volume, keeps, needs, wants)?;
+        Some(RoomAnswer { granted: promised.blocks, may_grow: promised.may_grow })
     }
 
     /// The head that this member follows says so.
@@ -188,14 +207,23 @@ impl<M: Memory> Shard<M> {
         self.with_lane(served.lane, |lane, context| lane.promise(context, cookie, volume, epoch));
     }
 
-    pub(super) fn finish_append(&mut self, index: usize, sequence: u64, good: bool) {
-        if !good {
-            return self.fail_member(index);
+    pub(super) fn finish_append(&mut self, index: usize, sequence: u64, result: Result<(), RequestError>) {
+        if let Err(error) = result {
+            return self.append_failed(index, error);
         }
         if let Some(member) = &mut self.replication.replicas[index].member {
             member.appended(sequence);
         }
         self.answer_leader(index);
+    }
+
+    /// A change, a copy or a mark has no place in the log: for want of room, or for good.
+    pub(super) fn append_failed(&mut self, index: usize, error: RequestError) {
+        match error {
+            RequestError::NoSpace => self.changes_left_out(index, true),
+            RequestError::ShuttingDown => self.changes_left_out(index, false),
+            _ => self.fail_member(index),
+        }
     }
 
     pub(super) fn finish_promise(&mut self, index: usize, epoch: u32, good: bool) {
@@ -272,7 +300,9 @@ impl<M: Memory> Shard<M> {
         };
         // The head knows the predecessor's epoch.
         let previous = crate::record::Stamp { epoch: stamp.epoch, sequence: sequence - 1 };
-        let change = ChangeHeader { kind, block, count, stamp, previous };
+        let mut change = ChangeHeader { kind, block, count, stamp, previous, new_blocks: 0 };
+        // What it took when it was numbered is not in the log.
+        change.new_blocks = change.payload_blocks();
         let message = PeerMessage::Fetched { epoch, change };
         let payload_pages = change.payload_blocks();
         let kept = if payload_pages > 0 { 1 + payload_pages } else { 0 };

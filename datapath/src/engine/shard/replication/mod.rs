@@ -20,6 +20,7 @@ mod link_input;
 mod member;
 mod peer_read;
 mod reads;
+mod room;
 
 use super::neighbours::ExportPlace;
 use super::{Served, Shard};
@@ -47,6 +48,7 @@ use fill::{CopyPiece, CopyWish};
 use link::Link;
 use peer_read::PeerPiece;
 use reads::HeldRead;
+use room::WaitingWrite;
 use std::collections::VecDeque;
 
 /// Cookies of lanes' requests that are a replica's and not a piece's have this bit.
@@ -107,6 +109,8 @@ struct Replica {
     contents: Contents,
     /// Reads that came back from the lane and may not be answered yet.
     held: Vec<HeldRead>,
+    /// Writes that have no number yet, because it is not known whether every replica has room for them.
+    waiting_room: VecDeque<WaitingWrite>,
     /// What is to be copied to a replica that is filled, while there is no memory for it.
     waiting_copy: Option<CopyWish>,
     /// What the replica that is filled from here lacks.
@@ -133,6 +137,7 @@ enum Work {
     Compare { replica: usize, comparing: Comparing, memory: MemoryRange },
     ReadForHead { replica: usize, read: PeerPiece, memory: MemoryRange, leader: Leader },
     Repair { replica: usize, blocks: u32, lent: MemoryRange, pages: u32 },
+    Leaf { replica: usize, piece: u32 },
     Check { replica: usize, asked: Asked, memory: MemoryRange, asker: Leader },
     CheckRepair { replica: usize, check: u64 },
     Mend { replica: usize, asked: Asked, asker: Leader, lent: MemoryRange, pages: u32 },
@@ -314,14 +319,21 @@ impl<M: Memory> Shard<M> {
         let Replica { head, member, .. } = &mut replicas[index];
         let member_ready = member.is_some();
         let before = if head.is_active() { head.record().in_sync.clone() } else { Vec::new() };
+        let was_in_sync = head.record().is_in_sync(node);
         head.handle_record(now, &record, |to| if to == node { member_ready } else { dials.is_up(to) });
         if head.is_active() && !head.record().is_in_sync(node) {
             // The head reads from this node's replica, which is not kept up to date any more.
             head.resign();
         }
+        let is_left_out = was_in_sync && !head.record().is_in_sync(node);
         let left: Vec<NodeId> =
             before.into_iter().filter(|member| !head.record().is_in_sync(*member)).collect();
         self.settle_head(index);
+        if is_left_out {
+            let served = &self.served[self.replication.replicas[index].served];
+            let volume = served.volume;
+            self.with_lane(served.lane, |lane, context| lane.leave_out(context, volume));
+        }
         // What waits to be sent to members that were left out holds memory, for as long as their links stand still.
         for member in left {
             if let Some(link) = self.replication.dials.up(member) {
@@ -378,6 +390,7 @@ impl<M: Memory> Shard<M> {
             leader: Leader::Nobody,
             contents: Contents::default(),
             held: Vec::new(),
+            waiting_room: VecDeque::new(),
             waiting_copy: None,
             source: None,
             peer_reads: PeerReads::default(),
@@ -405,6 +418,7 @@ impl<M: Memory> Shard<M> {
             }
             head.stream(now);
             self.settle_head(index);
+            self.advance_waiting(index);
             self.advance_peer_reads(index);
             self.answer_held(index);
             self.advance_checks(index);
@@ -421,23 +435,23 @@ impl<M: Memory> Shard<M> {
                 if let Some(memory) = lent {
                     self.unuse(memory);
                 }
-                self.finish_append(replica, sequence, completion.result.is_ok());
+                self.finish_append(replica, sequence, completion.result);
             }
             Work::Promise { replica, epoch } => {
                 self.finish_promise(replica, epoch, completion.result.is_ok());
             }
             Work::BeginFill { replica, fill } => {
-                self.finish_fill_mark(replica, fill, true, completion.result.is_ok());
+                self.finish_fill_mark(replica, fill, true, completion.result);
             }
             Work::EndFill { replica, fill } => {
-                self.finish_fill_mark(replica, fill, false, completion.result.is_ok());
+                self.finish_fill_mark(replica, fill, false, completion.result);
             }
             Work::Copy { replica, fill, last, lent, pages } => {
                 self.replication.peer_pages -= pages;
                 if let Some(memory) = lent {
                     self.unuse(memory);
                 }
-                self.finish_copy(replica, fill, last, completion.result.is_ok());
+                self.finish_copy(replica, fill, last, completion.result);
             }
             Work::CopyRead { replica, piece, memory } => {
                 self.finish_copy_read(replica, piece, memory, completion);
@@ -448,6 +462,7 @@ impl<M: Memory> Shard<M> {
             Work::ReadForHead { replica, read, memory, leader } => {
                 self.finish_read_for_head(replica, read, memory, leader, completion.result.is_ok());
             }
+            Work::Leaf { replica, piece } => self.leaf_for_room_came(replica, piece),
             Work::Check { replica, asked, memory, asker } => {
                 self.finish_check_read(replica, asked, memory, asker, completion);
             }
@@ -512,10 +527,11 @@ impl<M: Memory> Shard<M> {
     pub(super) fn describe_replication(&self, out: &mut String) {
         use std::fmt::Write;
         for replica in &self.replication.replicas {
-            let Replica { volume, head, member, leader, held, contents, peer_reads, .. } = replica;
+            let Replica { volume, head, member, leader, held, contents, peer_reads, waiting_room, .. } =
+                replica;
             let _ = writeln!(
                 out,
-                "{volume:?}: {}\n  member {member:?} of {leader:?}, held {}, contents {}, {peer_reads:?}",
+                "{volume:?}: {}\n  member {member:?} of {leader:?}, held {}, contents {}, {peer_reads:?}, waiting {waiting_room:?}",
                 head.describe(),
                 held.len(),
                 contents.len()

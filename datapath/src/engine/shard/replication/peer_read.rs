@@ -135,6 +135,8 @@ impl<M: Memory> Shard<M> {
         self.end_damaged_read(index, read, |completion| Completion {
             result: Ok(()),
             holes: HoleMap::default(),
+            // Which of them are holes is not known.
+            read: None,
             ..completion
         });
         self.advance_peer_reads(index);

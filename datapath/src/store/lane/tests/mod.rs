@@ -8,6 +8,7 @@ mod fill;
 mod order;
 mod promise;
 mod repair;
+mod room;
 mod rot;
 mod space;
 
