@@ -416,12 +416,14 @@ impl<M: Memory> Shard<M> {
             if head.poll_timeout().is_some_and(|moment| moment <= now) {
                 head.handle_timeout(now);
             }
-            head.stream(now);
             self.settle_head(index);
             self.advance_waiting(index);
             self.advance_peer_reads(index);
             self.answer_held(index);
             self.advance_checks(index);
+            // Last: what was numbered in this turn goes on its way in it.
+            self.replication.replicas[index].head.stream(now);
+            self.settle_head(index);
         }
         self.dial_members();
     }
