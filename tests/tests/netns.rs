@@ -224,8 +224,9 @@ impl Watch<'_> {
     }
 }
 
-/// The node that leads a volume.
+/// The node that leads a volume, as soon as there is one: whoever makes it the head may have begun just now.
 fn head_of(cluster: &Cluster, volume: &str) -> usize {
+    cluster.wait_for_volume(volume, |record| record["head"].is_string());
     let record = cluster.volume(volume);
     let head = record["head"].as_str().expect("a head");
     cluster.nodes.iter().position(|node| node.name == head).expect("one of ours")
