@@ -224,7 +224,8 @@ impl Lane {
 
     /// A change waits for space and none can come, as when all garbage lies in segments that damage keeps from being
     /// emptied: it is refused rather than left to wait for ever. One that was numbered elsewhere cannot fail singly: it
-    /// waits, unless nobody counts on it. So does one that lacks a buffer or a page while there are segments: somebody gives those back.
+    /// waits, unless nobody counts on it. So does one that lacks a buffer or a page while there are segments: somebody gives
+    /// those back.
     pub(super) fn refuse_hopeless<M: Memory>(&mut self, context: &mut Context<'_, M>) {
         for (line, kind) in [(0, EntryKind::Data), (1, EntryKind::Trim)] {
             let has_segments = self.can_advance(StreamKind::Client, kind);
