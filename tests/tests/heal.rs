@@ -1,4 +1,5 @@
-//! A node that stays away is replaced, and one that is given a replica again remembers nothing of the old one.
+//! A node that stays away is replaced, and one that is given a replica again shows what the others hold. That nothing counts
+//! of what it had kept is proved elsewhere: datapath/src/replica/head/serve.rs.
 #![expect(clippy::disallowed_methods, reason = "system tests run in real time")]
 
 use std::time::{Duration, Instant};

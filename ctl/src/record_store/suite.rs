@@ -207,6 +207,10 @@ pub(super) fn every_rule_of_succession_holds(store: &dyn RecordStore) {
     assert!(matches!(refused, StoreError::Rule(RuleError::FreshTrusted(NodeId(3)))), "{refused}");
     let admitted = Record { catching_up: Vec::new(), in_sync: vec![NodeId(1), NodeId(3)], ..trusted };
     store.compare_and_swap(5, &admitted).expect("it is in sync now");
+    let crowd = (10..72).map(NodeId).collect();
+    let crowded = Record { catching_up: crowd, fresh: (10..72).map(NodeId).collect(), ..next(&admitted) };
+    let refused = store.compare_and_swap(6, &crowded).expect_err("it could not be read again");
+    assert!(refused.to_string().contains("replicas: 65 entries, more than 64"), "{refused}");
 }
 
 pub(super) fn of_racing_swaps_one_wins_each_version(store: &dyn RecordStore) {

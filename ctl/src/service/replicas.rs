@@ -5,7 +5,6 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use datapath::record::{NodeId, Record, ReplicaError};
-use nbd_server::control::limits::REPLICAS_MAX;
 use nbd_server::control::proto;
 use nbd_server::node_name::NodeName;
 use nbd_server::random::random_number;
@@ -89,17 +88,9 @@ impl ControlService {
         request: Request<proto::ReplicaRequest>,
     ) -> Result<Response<proto::VolumeReply>, Status> {
         let (key, name, node) = self.named(request).await?;
-        let found = self.call({
-            let key = key.clone();
-            move |store| store.get(&key)
-        });
-        if found.await?.replicas().len() >= REPLICAS_MAX {
-            let text = format!("volume {key} has {REPLICAS_MAX} replicas already, and no more are allowed");
-            return Err(Status::failed_precondition(text));
-        }
         let changed =
             self.call(move |store| change(store, &key, |record, proposal| add(record, node, proposal)));
-        self.changed(changed.await?, &name, "replica added")
+        reply(changed.await?, &name, "replica added")
     }
 
     pub(super) async fn remove_replica_from(
@@ -109,7 +100,7 @@ impl ControlService {
         let (key, name, node) = self.named(request).await?;
         let changed =
             self.call(move |store| change(store, &key, |record, proposal| remove(record, node, proposal)));
-        self.changed(changed.await?, &name, "replica removed")
+        reply(changed.await?, &name, "replica removed")
     }
 
     async fn named(
@@ -125,26 +116,6 @@ impl ControlService {
         let node = nodes.into_iter().find(|node| node.name == name).map(|node| node.node);
         let node = node.ok_or_else(|| super::status_of(&StoreError::NoNode(name.clone())))?;
         Ok((VolumeKey::Name(volume), name, node))
-    }
-
-    #[expect(clippy::unused_self, reason = "it reads as the end of a call")]
-    fn changed(
-        &self,
-        outcome: Result<Record, ReplicaError>,
-        node: &NodeName,
-        what: &str,
-    ) -> Result<Response<proto::VolumeReply>, Status> {
-        let record = outcome.map_err(|error| {
-            Status::failed_precondition(match error {
-                ReplicaError::There(_) => format!("node {node} has a replica of the volume already"),
-                ReplicaError::NotThere(_) => format!("node {node} has no replica of the volume"),
-                ReplicaError::InSync(_) => format!(
-                    "the replica on node {node} is in sync, and is needed: only one that is away can be taken out"
-                ),
-            })
-        })?;
-        tracing::info!(volume = record.name, node = %node, "{what}");
-        Ok(volume_reply(&record))
     }
 
     /// Gives what nodes held that are gone for `grace` to others, until the service is closed.
@@ -171,7 +142,12 @@ impl ControlService {
             let step = decision.step;
             let (Step::Add(volume, node) | Step::Remove(volume, node)) = step;
             let name = nodes.iter().find(|known| known.node == node).map(|known| known.name.to_string());
-            let done = self.call(move |store| take(store, decision)).await?;
+            let done = self.call(move |store| take(store, decision)).await;
+            // The others have their turn all the same.
+            let done = done.unwrap_or_else(|error| {
+                tracing::warn!(volume = volume.0, node = name, error = error.message(), "cannot heal");
+                None
+            });
             if let Some(record) = done {
                 let what = match step {
                     Step::Add(..) => "a replica was lost: this node gets another one",
@@ -182,6 +158,25 @@ impl ControlService {
         }
         Ok(())
     }
+}
+
+/// What somebody is told who wanted it.
+fn reply(
+    outcome: Result<Record, ReplicaError>,
+    node: &NodeName,
+    what: &str,
+) -> Result<Response<proto::VolumeReply>, Status> {
+    let record = outcome.map_err(|error| {
+        Status::failed_precondition(match error {
+            ReplicaError::There(_) => format!("node {node} has a replica of the volume already"),
+            ReplicaError::NotThere(_) => format!("node {node} has no replica of the volume"),
+            ReplicaError::InSync(_) => format!(
+                "the replica on node {node} is in sync, and is needed: only one that is away can be taken out"
+            ),
+        })
+    })?;
+    tracing::info!(volume = record.name, node = %node, "{what}");
+    Ok(volume_reply(&record))
 }
 
 /// Does a step, unless the record has changed since.

@@ -255,6 +255,9 @@ fn check_lists(record: &Record) -> Result<(), MessageError> {
         return Err(MessageError::Order(list));
     }
     let replicas = record.replicas();
+    if replicas.len() > REPLICAS_MAX {
+        return Err(MessageError::TooMany { list: "replicas", count: replicas.len(), most: REPLICAS_MAX });
+    }
     if let Some(pair) = replicas.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(MessageError::TwoStates(pair[0].0));
     }
