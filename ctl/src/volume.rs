@@ -1,5 +1,6 @@
 //! The flags of `berth volume`, and how its results are printed.
 
+mod attach;
 mod verify;
 
 use clap::{Args, Subcommand};
@@ -7,8 +8,8 @@ use datapath::record::{NodeId, Record};
 use datapath::units::BLOCK_BYTES_U64;
 use nbd_server::control::convert::{PassHistory, history_from_message, record_from_message};
 use nbd_server::control::proto::{
-    self, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ListVolumesRequest, ReplicaRequest,
-    get_volume_request,
+    self, CreateVolumeRequest, DeleteVolumeRequest, DetachRequest, GetVolumeRequest, ListVolumesRequest,
+    ReplicaRequest, get_volume_request,
 };
 use nbd_server::node_name::NodeName;
 use nbd_server::size::Size;
@@ -57,6 +58,26 @@ enum VolumeCommand {
         /// Its name.
         name: VolumeName,
     },
+    /// Have a node lead the volume, and tell its URI there. Where it was led before, requests under way are answered and
+    /// its clients disconnected; from then on no other node serves it.
+    Attach {
+        /// The volume's name.
+        name: VolumeName,
+        /// The node's name.
+        #[arg(long, value_name = "NODE")]
+        node: NodeName,
+        /// Take it from another node that lives.
+        #[arg(long)]
+        steal: bool,
+    },
+    /// Let any node lead the volume that a client chooses.
+    Detach {
+        /// The volume's name.
+        name: VolumeName,
+        /// Only if it is attached to this node.
+        #[arg(long, value_name = "NODE")]
+        node: Option<NodeName>,
+    },
     /// Give a node a replica of the volume, one more than there are. It is filled while a head serves the volume.
     AddReplica {
         /// The volume's name.
@@ -98,7 +119,10 @@ struct VolumeReport {
     version: u64,
     epoch: u32,
     started: bool,
+    /// The node that leads it, if any does.
     head: Option<String>,
+    /// The node that is to lead it.
+    attached: Option<String>,
     in_sync: Vec<String>,
     catching_up: Vec<String>,
     stale: Vec<StaleReport>,
@@ -133,7 +157,8 @@ impl VolumeReport {
             version: record.version,
             epoch: record.epoch,
             started: record.started,
-            head: record.head.map(|head| name(head.node)),
+            head: record.living_head().map(|head| name(head.node)),
+            attached: record.attached.map(name),
             in_sync: all(&record.in_sync),
             catching_up: all(&record.catching_up),
             stale: record
@@ -180,6 +205,15 @@ pub(crate) fn run(arguments: &VolumeArguments) -> Result<bool, String> {
             let which = Some(get_volume_request::Which::Name(name.to_string()));
             let found = ask(Request::Get(GetVolumeRequest { which }))?;
             print(output, &found, || description(&found))
+        }
+        VolumeCommand::Attach { name, node, steal } => {
+            let (attached, uri) = attach::run(&arguments.remote, name, node, *steal)?;
+            print(output, &attached, || format!("volume {name}: node {node} leads it, {uri}\n"))
+        }
+        VolumeCommand::Detach { name, node } => {
+            let node = node.as_ref().map(NodeName::to_string).unwrap_or_default();
+            let detached = ask(Request::Detach(DetachRequest { name: name.to_string(), node }))?;
+            print(output, &detached, || format!("volume {name} is attached to no node\n"))
         }
         VolumeCommand::AddReplica { name, node } => {
             let request = ReplicaRequest { name: name.to_string(), node: node.to_string() };
@@ -248,6 +282,7 @@ enum Request {
     Create(CreateVolumeRequest),
     Get(GetVolumeRequest),
     Delete(DeleteVolumeRequest),
+    Detach(DetachRequest),
     AddReplica(ReplicaRequest),
     RemoveReplica(ReplicaRequest),
 }
@@ -259,6 +294,7 @@ async fn one(mut client: Client, request: Request) -> Result<VolumeReport, Strin
         Request::Create(request) => answer(client.create_volume(request)).await,
         Request::Get(request) => answer(client.get_volume(request)).await,
         Request::Delete(request) => answer(client.delete_volume(request)).await,
+        Request::Detach(request) => answer(client.detach_volume(request)).await,
         Request::AddReplica(request) => answer(client.add_replica(request)).await,
         Request::RemoveReplica(request) => answer(client.remove_replica(request)).await,
     };
@@ -313,7 +349,10 @@ fn table(volumes: &[VolumeReport]) -> String {
 
 fn description(volume: &VolumeReport) -> String {
     let state = if volume.started { "started" } else { "not started" };
-    let head = volume.head.as_deref().unwrap_or("none");
+    let mut head = volume.head.clone().unwrap_or_else(|| "none".to_owned());
+    if let Some(node) = &volume.attached {
+        head.push_str(&format!(", attached to {node}"));
+    }
     let mut text = format!(
         "volume {}: {}, number {}\n  head {head}, epoch {} ({state}), version {}\n  in sync: {} (at least {}, wanted {})\n",
         volume.name,

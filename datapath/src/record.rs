@@ -117,6 +117,11 @@ pub struct Record {
     pub min_in_sync: u32,
     /// Ends of earlier epochs, ascending. An epoch that never started has none.
     pub epoch_ends: Vec<EpochEnd>,
+    /// The node where the volume is to be led: no other node takes it, and a head elsewhere lets go of it. Nothing: the
+    /// node that a client chooses.
+    pub attached: Option<NodeId>,
+    /// The last epoch whose head has let go of the volume: it reads nothing more, whatever leave it had.
+    pub released: u32,
 }
 
 impl Record {
@@ -154,7 +159,21 @@ impl Record {
             fresh: Vec::new(),
             replicas_wanted: u32::try_from(nodes.len()).expect("a few"),
             epoch_ends: Vec::new(),
+            attached: None,
+            released: 0,
         }
+    }
+
+    /// The head that may be at work: that of the epoch, unless it has let go.
+    #[must_use]
+    pub fn living_head(&self) -> Option<HeadSession> {
+        self.head.filter(|_| self.released < self.epoch)
+    }
+
+    /// Has every head that ever served let go, so that nobody reads by an earlier leave?
+    #[must_use]
+    pub fn is_let_go(&self) -> bool {
+        self.released >= self.last_started
     }
 
     /// Is the node's replica in sync?
@@ -205,6 +224,12 @@ impl Record {
         next.catching_up.retain(|other| *other != node);
         next.fresh.retain(|other| *other != node);
         Ok(next)
+    }
+
+    /// The record of the volume attached to this node, or to none. The head is not changed by that: it lets go by itself.
+    #[must_use]
+    pub fn with_attached(&self, node: Option<NodeId>, proposal: u64) -> Record {
+        Record { attached: node, ..self.next_version(proposal) }
     }
 
     fn next_version(&self, proposal: u64) -> Record {

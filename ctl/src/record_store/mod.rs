@@ -10,7 +10,7 @@ mod suite;
 
 use std::fmt;
 
-use datapath::record::{Record, VolumeNumber};
+use datapath::record::{NodeId, Record, VolumeNumber};
 use nbd_server::control::convert::{MessageError, NodeAddress, PassHistory};
 use nbd_server::node_name::NodeName;
 use nbd_server::volume_name::VolumeName;
@@ -72,6 +72,9 @@ pub enum StoreError {
     /// There is no such volume.
     #[error("there is no volume {0}")]
     NoVolume(VolumeKey),
+    /// Somebody uses it.
+    #[error("volume {0} is attached to node number {node}; detach it first", node = .1.0)]
+    Attached(String, NodeId),
     /// The name is taken.
     #[error("there is a volume {0} already; choose another name, or delete it first")]
     VolumeExists(VolumeName),
@@ -171,10 +174,10 @@ pub trait RecordStore: fmt::Debug + Send + Sync {
     /// What is wrong with the wish, or the store's.
     fn create(&self, volume: &NewVolume) -> Result<Record, StoreError>;
 
-    /// Forgets the volume. Returns its last record.
+    /// Forgets the volume, which is attached nowhere. Returns its last record.
     ///
     /// # Errors
-    /// [`StoreError::NoVolume`], or the store's.
+    /// [`StoreError::NoVolume`], [`StoreError::Attached`], or the store's.
     fn delete(&self, key: &VolumeKey) -> Result<Record, StoreError>;
 
     /// What is kept of the passes over a volume.

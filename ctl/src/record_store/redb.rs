@@ -246,6 +246,9 @@ impl RecordStore for RedbStore {
             let mut names = write.open_table(VOLUME_NAMES).map_err(backend)?;
             let mut volumes = write.open_table(VOLUMES).map_err(backend)?;
             let record = find(&names, &volumes, key)?;
+            if let Some(node) = record.attached {
+                return Err(StoreError::Attached(record.name, node));
+            }
             names.remove(record.name.as_str()).map_err(backend)?;
             volumes.remove(record.volume.0).map_err(backend)?;
             write.open_table(PASSES).map_err(backend)?.remove(record.volume.0).map_err(backend)?;

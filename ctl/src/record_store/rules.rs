@@ -58,6 +58,19 @@ pub enum RuleError {
     /// It counts for nothing until it has been in sync.
     #[error("the replica on node {} is taken for one that has been in sync", .0.0)]
     FreshTrusted(NodeId),
+    /// A head lets go of the epoch that it serves, once and for all.
+    #[error("released is {proposed} after {current} in epoch {epoch}")]
+    Released {
+        /// In the record.
+        current: u32,
+        /// In the proposed one.
+        proposed: u32,
+        /// The record's epoch.
+        epoch: u32,
+    },
+    /// Who is in sync is the affair of a head, and there is none.
+    #[error("the head of epoch {0} has let go, and who is in sync changes")]
+    InSyncWithoutHead(u32),
     /// A started epoch may have acknowledged writes.
     #[error("epoch {0} has started, and the proposed record takes that back")]
     Unstarted(u32),
@@ -94,9 +107,23 @@ pub fn check_succession(current: &Record, proposed: &Record) -> Result<(), RuleE
     if to == from && current.started && !proposed.started {
         return Err(RuleError::Unstarted(to));
     }
+    check_release(current, proposed)?;
     let last_started = if proposed.started { to } else { current.last_started };
     if proposed.last_started != last_started {
         return Err(RuleError::LastStarted { proposed: proposed.last_started, expected: last_started });
+    }
+    Ok(())
+}
+
+/// The head of the present epoch, which serves, may let go of it; that is the last thing it does.
+fn check_release(current: &Record, proposed: &Record) -> Result<(), RuleError> {
+    let (epoch, goes_on) = (current.epoch, proposed.epoch == current.epoch);
+    let lets_go = goes_on && current.started && proposed.released == epoch;
+    if proposed.released != current.released && !lets_go {
+        return Err(RuleError::Released { current: current.released, proposed: proposed.released, epoch });
+    }
+    if goes_on && epoch > 0 && current.living_head().is_none() && proposed.in_sync != current.in_sync {
+        return Err(RuleError::InSyncWithoutHead(epoch));
     }
     Ok(())
 }

@@ -17,6 +17,7 @@ macro_rules! suite {
             a_wish_that_cannot_be_met_changes_nothing,
             a_swap_replaces_the_expected_version_only,
             every_rule_of_succession_holds,
+            a_head_lets_go_once_and_for_all,
             of_racing_swaps_one_wins_each_version,
             a_name_keeps_its_node_number,
             numbers_are_never_given_again,
@@ -159,6 +160,8 @@ pub(super) fn every_rule_of_succession_holds(store: &dyn RecordStore) {
         (|r| r.epoch = 5, RuleError::EpochJumps { from: 3, to: 5 }),
         (|r| r.head = Some(HeadSession { node: NodeId(2), session: 6 }), RuleError::SecondHead(3)),
         (|r| r.started = false, RuleError::Unstarted(3)),
+        (|r| r.released = 1, RuleError::Released { current: 0, proposed: 1, epoch: 3 }),
+        (|r| r.released = 4, MessageError::ReleasedUnserved(4).into()),
         (|r| r.last_started = 2, RuleError::LastStarted { proposed: 2, expected: 3 }),
         (|r| r.head = None, MessageError::Head(3).into()),
         (|r| r.in_sync.clear(), MessageError::NothingInSync.into()),
@@ -211,6 +214,33 @@ pub(super) fn every_rule_of_succession_holds(store: &dyn RecordStore) {
     let crowded = Record { catching_up: crowd, fresh: (10..72).map(NodeId).collect(), ..next(&admitted) };
     let refused = store.compare_and_swap(6, &crowded).expect_err("it could not be read again");
     assert!(refused.to_string().contains("replicas: 65 entries, more than 64"), "{refused}");
+}
+
+pub(super) fn a_head_lets_go_once_and_for_all(store: &dyn RecordStore) {
+    let made = with_volume(store);
+    let head = Some(HeadSession { node: made.in_sync[0], session: 5 });
+    let opened = Record { epoch: 1, head, ..next(&made) };
+    store.compare_and_swap(1, &opened).expect("swapped");
+    let early = Record { released: 1, ..next(&opened) };
+    store.compare_and_swap(2, &early).expect_err("it does not serve yet");
+    let started = Record { started: true, last_started: 1, ..next(&opened) };
+    store.compare_and_swap(2, &started).expect("swapped");
+    let released = Record { released: 1, ..next(&started) };
+    store.compare_and_swap(3, &released).expect("swapped");
+    let taken_back = Record { released: 0, ..next(&released) };
+    let refused = store.compare_and_swap(4, &taken_back).expect_err("another head may serve");
+    assert!(matches!(refused, StoreError::Rule(RuleError::Released { .. })), "{refused}");
+    let in_sync = made.in_sync[1..].to_vec();
+    let stale = vec![StaleReplica { node: made.in_sync[0], since_version: 5 }];
+    let removal = Record { in_sync, stale, min_in_sync: 1, ..next(&released) };
+    let refused = store.compare_and_swap(4, &removal).expect_err("nobody leads");
+    assert!(matches!(refused, StoreError::Rule(RuleError::InSyncWithoutHead(1))), "{refused}");
+    let attached = released.with_attached(Some(made.in_sync[1]), 9);
+    store.compare_and_swap(4, &attached).expect("swapped");
+    let refused = store.delete(&name("v")).expect_err("somebody uses it");
+    assert!(matches!(refused, StoreError::Attached(..)), "{refused}");
+    store.compare_and_swap(5, &attached.with_attached(None, 10)).expect("swapped");
+    store.delete(&name("v")).expect("nobody uses it");
 }
 
 pub(super) fn of_racing_swaps_one_wins_each_version(store: &dyn RecordStore) {

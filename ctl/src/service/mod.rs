@@ -1,5 +1,6 @@
 //! `berth.v1.Control` over a record store.
 
+mod attach;
 pub mod feed;
 mod passes;
 mod replicas;
@@ -80,6 +81,7 @@ fn status_of(error: &StoreError) -> Status {
         StoreError::Conflict(_) => Status::aborted(text),
         StoreError::NoVolume(_) => Status::not_found(text),
         StoreError::VolumeExists(_) => Status::already_exists(text),
+        StoreError::Attached(..) => Status::failed_precondition(text),
         StoreError::Rule(_)
         | StoreError::NoNode(_)
         | StoreError::NodeTwice(_)
@@ -258,6 +260,20 @@ impl control_server::Control for ControlService {
         request: Request<proto::ReplicaRequest>,
     ) -> Result<Response<proto::VolumeReply>, Status> {
         self.remove_replica_from(request).await
+    }
+
+    async fn attach_volume(
+        &self,
+        request: Request<proto::AttachRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        self.attach(request.into_inner()).await
+    }
+
+    async fn detach_volume(
+        &self,
+        request: Request<proto::DetachRequest>,
+    ) -> Result<Response<proto::VolumeReply>, Status> {
+        self.detach(request.into_inner()).await
     }
 
     async fn list_nodes(

@@ -72,8 +72,8 @@ impl Passes {
     /// Has the volume verified by its head, or by a node that may become it. Nothing if none of them is connected.
     pub(super) fn verify(&self, record: &Record, verify: u64) -> Option<UnboundedReceiver<CheckReport>> {
         let mut state = self.lock();
-        let head = record.head.map(|head| head.node);
-        let mut nodes = head.into_iter().chain(record.in_sync.iter().copied());
+        let head = record.living_head().map(|head| head.node);
+        let mut nodes = head.into_iter().chain(record.attached).chain(record.in_sync.iter().copied());
         let wish = Wish { volume: record.volume, verify };
         nodes.find(|node| state.nodes.get(node).is_some_and(|(_, to)| to.send(wish).is_ok()))?;
         let (sender, receiver) = unbounded_channel();
@@ -155,7 +155,7 @@ mod tests {
         assert!(passes.verify(&record, 5).is_none(), "nobody is connected");
         let (_, mut first) = passes.watch(NodeId(1));
         let (watch, mut second) = passes.watch(NodeId(2));
-        record.head = Some(HeadSession { node: NodeId(2), session: 1 });
+        (record.epoch, record.head) = (1, Some(HeadSession { node: NodeId(2), session: 1 }));
         let mut told = passes.verify(&record, 6).expect("the head is connected");
         let wish = |verify| Ok(Wish { volume: VolumeNumber(1), verify });
         assert_eq!(second.try_recv(), wish(6));

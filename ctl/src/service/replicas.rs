@@ -43,11 +43,11 @@ impl Absences {
 }
 
 /// Changes the record, whatever others do to it meanwhile.
-fn change(
+pub(super) fn change<E>(
     store: &dyn RecordStore,
     key: &VolumeKey,
-    change: impl Fn(&Record, u64) -> Result<Record, ReplicaError>,
-) -> Result<Result<Record, ReplicaError>, StoreError> {
+    change: impl Fn(&Record, u64) -> Result<Record, E>,
+) -> Result<Result<Record, E>, StoreError> {
     let mut record = store.get(key)?;
     for attempt in 1.. {
         let proposal = random_number().map_err(|error| StoreError::Backend(Box::new(error)))?;
@@ -55,6 +55,9 @@ fn change(
             Ok(next) => next,
             Err(error) => return Ok(Err(error)),
         };
+        if next == record {
+            return Ok(Ok(record));
+        }
         match store.compare_and_swap(record.version, &next) {
             Ok(()) => return Ok(Ok(next)),
             Err(StoreError::Conflict(present)) if attempt < ATTEMPTS_MAX => record = *present,
@@ -87,7 +90,7 @@ impl ControlService {
         &self,
         request: Request<proto::ReplicaRequest>,
     ) -> Result<Response<proto::VolumeReply>, Status> {
-        let (key, name, node) = self.named(request).await?;
+        let (key, name, node) = self.named(&request.into_inner()).await?;
         let changed =
             self.call(move |store| change(store, &key, |record, proposal| add(record, node, proposal)));
         reply(changed.await?, &name, "replica added")
@@ -97,17 +100,17 @@ impl ControlService {
         &self,
         request: Request<proto::ReplicaRequest>,
     ) -> Result<Response<proto::VolumeReply>, Status> {
-        let (key, name, node) = self.named(request).await?;
+        let (key, name, node) = self.named(&request.into_inner()).await?;
         let changed =
             self.call(move |store| change(store, &key, |record, proposal| remove(record, node, proposal)));
         reply(changed.await?, &name, "replica removed")
     }
 
-    async fn named(
+    /// A volume, and a node that has joined.
+    pub(super) async fn named(
         &self,
-        request: Request<proto::ReplicaRequest>,
+        message: &proto::ReplicaRequest,
     ) -> Result<(VolumeKey, NodeName, NodeId), Status> {
-        let message = request.into_inner();
         let volume: VolumeName =
             message.name.parse().map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?;
         let name: NodeName =

@@ -44,11 +44,13 @@ pub enum PlantedBug {
     OldBytesLast,
     /// Changes are numbered whether or not the other replicas have room for them.
     RoomIgnored,
+    /// A head that lets go of its volume serves until it reads in the record that it has.
+    ReadsAfterRelease,
 }
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 19] = [
+    pub const ALL: [(PlantedBug, &'static str); 20] = [
         (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
         (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
         (PlantedBug::CopyWins, "copy-wins"),
@@ -68,6 +70,7 @@ impl PlantedBug {
         (PlantedBug::SourceTooEarly, "source-too-early"),
         (PlantedBug::OldBytesLast, "old-bytes-last"),
         (PlantedBug::RoomIgnored, "room-ignored"),
+        (PlantedBug::ReadsAfterRelease, "reads-after-release"),
     ];
 }
 

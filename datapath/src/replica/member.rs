@@ -187,10 +187,10 @@ impl Member {
         matches!(self.fill, Fill::BrokenOff { .. })
     }
 
-    /// Is there perhaps a head that reads by this member's leave? For so long another one need not try.
+    /// Until when there is perhaps a head that reads by this member's leave. For so long another one need not try.
     #[must_use]
-    pub fn has_granted(&self, now: Moment) -> bool {
-        self.granted.1 > now
+    pub fn granted_until(&self) -> Moment {
+        self.granted.1
     }
 
     /// A message for the member. Changes and fetches of an epoch come from the head of that epoch, over one connection in

@@ -79,6 +79,9 @@ pub enum MessageError {
     /// Epoch 0 serves nobody.
     #[error("epoch 0 is started")]
     StartedWithoutHead,
+    /// Nobody can let go of what he never had.
+    #[error("released: epoch {0} has never started")]
+    ReleasedUnserved(u32),
     /// Only what is over has an end.
     #[error("epoch_ends: epoch {end} has an end while the epoch is {epoch}")]
     EndAhead {
@@ -137,6 +140,8 @@ pub fn record_to_message(record: &Record) -> proto::Record {
         min_in_sync: record.min_in_sync,
         fresh: numbers(&record.fresh),
         replicas_wanted: record.replicas_wanted,
+        attached: record.attached.map_or(0, |node| node.0),
+        released: record.released,
         epoch_ends: record
             .epoch_ends
             .iter()
@@ -186,6 +191,8 @@ pub fn record_from_message(message: proto::Record) -> Result<Record, MessageErro
             0 => u32::try_from(all).expect("checked above"),
             wanted => wanted,
         },
+        attached: (message.attached != 0).then_some(NodeId(message.attached)),
+        released: message.released,
         epoch_ends: ends.map(|end| EpochEnd { epoch: end.epoch, sequence: end.sequence }).collect(),
     };
     check_record(&record)?;
@@ -227,6 +234,9 @@ pub fn check_record(record: &Record) -> Result<(), MessageError> {
     }
     if record.started && record.head.is_none() {
         return Err(MessageError::StartedWithoutHead);
+    }
+    if record.released > record.last_started {
+        return Err(MessageError::ReleasedUnserved(record.released));
     }
     if let Some(stale) = record.stale.iter().find(|stale| stale.since_version > record.version) {
         return Err(MessageError::StaleAhead(stale.node.0));

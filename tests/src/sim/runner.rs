@@ -198,10 +198,10 @@ pub fn summary(report: &Report) -> String {
 pub fn cluster_summary(report: &ClusterReport) -> String {
     format!(
         "{} requests, {} errors, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
-         {} failovers, {} epochs, {} removals, {} admissions, {} replaced, {} record changes, {} commits, {} messages\n\
+         {} failovers, {} epochs, {} removals, {} admissions, {} replaced, {} attached, {} let go, {} record changes, {} commits, {} messages\n\
          {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas\n\
          {} disk errors, {} flipped bits, {} refused starts, {} empty disks; {} writes without space\n\
-         {} passes over volumes, {} blocks compared, {} made good",
+         {} passes over volumes, {} blocks compared, {} made good; {} moves timed, the slowest took {} ms",
         report.clients.answers,
         report.clients.errors,
         report.clients.written_bytes >> 20,
@@ -213,6 +213,8 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.removals,
         report.admissions,
         report.replacements,
+        report.attachments,
+        report.releases,
         report.record_changes,
         report.commits,
         report.messages,
@@ -230,5 +232,7 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.passes,
         report.compared_blocks,
         report.repaired_blocks,
+        report.timed_moves,
+        report.slowest_move_ns / 1_000_000,
     )
 }

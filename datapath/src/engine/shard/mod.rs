@@ -537,7 +537,7 @@ impl<M: Memory> Engine for Shard<M> {
         }
         let handshake = self.deadlines.front().map(|(moment, ..)| *moment);
         let others = handshake.into_iter().chain(self.hunger.look_again_at());
-        others.chain(self.replication.poll_timeout()).min()
+        others.chain(self.replication.poll_timeout(!self.draining)).min()
     }
 
     fn memory(&mut self) -> &mut M {

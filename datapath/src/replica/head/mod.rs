@@ -14,13 +14,15 @@
 //! | bringing | changes that some lack are fetched from one that has them and sent to the others, in order | all are equal |
 //! | starting | the compare-and-swap that starts the epoch with exactly these members is under way | the record is read |
 //! | waiting | leases that members had granted to an earlier head run out | the first of them has: that head cannot read |
-//! | serving | changes are numbered, sent and committed; members that fail are removed, and brought back one by one (`fill`) | a later epoch |
+//! | serving | changes are numbered, sent and committed; members that fail are removed, and brought back one by one (`fill`) | a later epoch, or it lets go |
+//! | releasing | nothing is read or numbered any more; the compare-and-swap that says so is under way (`release`) | the record is read |
 //!
 //! The outcome of a compare-and-swap is known only from reading the record. Until then both records count: what is
 //! acknowledged, everybody in either must have (the union rule).
 
 mod fill;
 mod peers;
+mod release;
 mod room;
 mod serve;
 mod view;
@@ -200,12 +202,15 @@ struct Lead {
     room_again_at: Option<Moment>,
     /// Changes that newly take blocks were numbered since leases were last asked for.
     is_filling_space: bool,
+    /// Every earlier head has let go: no leave that it had must lapse first.
+    unhindered: bool,
 }
 
 #[derive(Debug)]
 enum Role {
     Idle,
     Proposing { wanted: Box<Record>, again_at: Moment },
+    Releasing { epoch: u32, wanted: Box<Record>, again_at: Moment },
     Lead(Box<Lead>),
 }
 
@@ -249,7 +254,7 @@ impl Head {
     /// Does this node serve the volume, or is about to?
     #[must_use]
     pub fn is_active(&self) -> bool {
-        !matches!(self.role, Role::Idle)
+        matches!(self.role, Role::Proposing { .. } | Role::Lead(_))
     }
 
     /// Has this node's epoch started, so that it is the head until a later one opens?
@@ -338,7 +343,8 @@ impl Head {
 
     /// Gives up whatever this node was to the volume.
     pub fn resign(&mut self) {
-        if !matches!(std::mem::replace(&mut self.role, Role::Idle), Role::Idle) {
+        if self.is_active() {
+            self.role = Role::Idle;
             self.effects.push_back(HeadEffect::Ended);
         }
     }
@@ -349,6 +355,7 @@ impl Head {
         match &self.role {
             Role::Idle => format!("no head; record {:?}", self.record),
             Role::Proposing { wanted, .. } => format!("proposing epoch {}", wanted.epoch),
+            Role::Releasing { epoch, .. } => format!("letting go of epoch {epoch}; record {:?}", self.record),
             Role::Lead(lead) => format!(
                 "epoch {} {:?}, committed {} of {:?}, open {:?}, in sync {:?}, {:?}, {:?}",
                 lead.epoch,

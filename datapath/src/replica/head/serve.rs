@@ -206,7 +206,9 @@ impl Head {
 
     fn propose_again(&mut self, now: Moment) {
         let (proposal, again_at) = match &mut self.role {
-            Role::Proposing { wanted, again_at } => (wanted, again_at),
+            Role::Proposing { wanted, again_at } | Role::Releasing { wanted, again_at, .. } => {
+                (wanted, again_at)
+            }
             Role::Lead(lead) => match &mut lead.open {
                 Some((open, again_at)) => (open, again_at),
                 None => return,
@@ -292,7 +294,7 @@ impl Head {
     pub fn poll_timeout(&self) -> Option<Moment> {
         let lead = match &self.role {
             Role::Idle => return None,
-            Role::Proposing { again_at, .. } => return Some(*again_at),
+            Role::Proposing { again_at, .. } | Role::Releasing { again_at, .. } => return Some(*again_at),
             Role::Lead(lead) => lead,
         };
         let again = lead.open.as_ref().map(|(_, again_at)| *again_at);

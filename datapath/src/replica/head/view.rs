@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 impl Head {
     /// Wants this node to be the head. `random` tells this attempt from every other.
     pub fn take(&mut self, now: Moment, random: u64) {
-        if self.is_active() {
+        if self.is_active() || self.is_releasing() {
             return;
         }
         let mut wanted = Box::new(self.record.clone());
@@ -37,6 +37,7 @@ impl Head {
         self.reachable = record.replicas().into_iter().filter(|node| connected(*node)).collect();
         match &mut self.role {
             Role::Idle => {}
+            Role::Releasing { .. } => self.release_decided(now),
             Role::Proposing { wanted, .. } => {
                 // Somebody who adds a replica may have changed the record since.
                 if (wanted.epoch, wanted.head) == (record.epoch, record.head) {
@@ -46,7 +47,7 @@ impl Head {
                 }
             }
             Role::Lead(lead) => {
-                if record.epoch != lead.epoch {
+                if record.epoch != lead.epoch || record.living_head().is_none() {
                     return self.resign();
                 }
                 // Ours, or one that came before or after it: either way it is decided.
@@ -78,6 +79,7 @@ impl Head {
             room_needed: 0,
             room_again_at: None,
             is_filling_space: false,
+            unhindered: record.is_let_go(),
         };
         self.role = Role::Lead(Box::new(lead));
         for member in self.record.in_sync.clone() {
@@ -276,6 +278,7 @@ impl Head {
         let Role::Lead(lead) = &mut self.role else { return };
         let grants = lead.peers.iter().filter(|peer| peer.reported.is_some());
         let until = grants.map(|peer| peer.grants_until).min().expect("somebody promised");
+        let until = if lead.unhindered { now } else { until };
         let record = &self.record;
         lead.peers.keep(|peer| record.is_in_sync(peer.node));
         lead.stage = Stage::Waiting { until };

@@ -14,6 +14,9 @@ fn full_record() -> Record {
         stale: vec![StaleReplica { node: NodeId(4), since_version: 8 }],
         fresh: vec![NodeId(2), NodeId(4)],
         replicas_wanted: 3,
+        last_started: 5,
+        attached: Some(NodeId(3)),
+        released: 4,
         epoch_ends: vec![EpochEnd { epoch: 2, sequence: 10 }, EpochEnd { epoch: 4, sequence: 10 }],
         ..Record::new(VolumeNumber(6), "data", [9; 16], 1 << 32, &nodes)
     }
@@ -65,6 +68,7 @@ fn every_broken_rule_is_named() {
         (|m| m.fresh.reverse(), "fresh is not in ascending order without duplicates"),
         (|m| m.in_sync = (1..=63).collect(), "replicas: 65 entries, more than 64"),
         (|m| m.epoch_ends = vec![m.epoch_ends[0]; 1025], "epoch_ends: 1025 entries, more than 1024"),
+        (|m| m.released = 6, "released: epoch 6 has never started"),
         (|m| m.epoch_ends.reverse(), "epoch_ends is not in ascending order without duplicates"),
         (|m| m.epoch_ends[1].epoch = 5, "epoch_ends: epoch 5 has an end while the epoch is 5"),
         (|m| m.epoch_ends[1].sequence = 9, "epoch_ends: the sequence falls in epoch 4"),

@@ -153,6 +153,12 @@ impl World {
     }
 
     fn choose_node(&mut self, volume: usize) -> Option<usize> {
+        if let Some(node) = self.records.get(volume).attached.map(index)
+            && self.is_open_to_clients(node, volume)
+            && !self.random.percent(10)
+        {
+            return Some(node);
+        }
         let home = self.volumes[volume].home;
         let alone =
             self.options.fights && self.stage == Stage::Working || self.random.percent(self.swarm.strays);
@@ -315,7 +321,12 @@ impl World {
         let record = self.records.get(volume);
         let leader = record.head.map(|head| index(head.node));
         let any = index(*self.random.pick(&record.in_sync));
+        let is_stuck = self.stage != Stage::Working && record.attached.is_some() && self.random.percent(20);
         self.volumes[volume].home = leader.filter(|_| self.random.percent(50)).unwrap_or(any);
+        if is_stuck {
+            // The node to which it is attached may have lost its replica. Whoever attached it there looks for another one.
+            self.attach(volume, None);
+        }
         let pause = self.random.skewed(MILLISECOND_NS..=SECOND_NS);
         self.plan_think(session, pause);
     }

@@ -49,6 +49,8 @@ pub(super) struct Swarm {
     pub(super) illness: Option<Illness>,
     /// All nodes lose power at the end, once more.
     pub(super) dark_end: bool,
+    /// Nothing is slow, and no message is lost.
+    pub(super) swift: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +70,10 @@ enum Kind {
     Rot,
     NewDisk,
     Replacement,
+    /// A volume is attached to another node, or to none.
+    Attach,
+    /// A process is told to end.
+    Stop,
 }
 
 /// What ends by itself.
@@ -104,19 +110,29 @@ impl Swarm {
             (Kind::SlowDisk, 1),
             (Kind::Move, 2),
             (Kind::Split, 3),
+            (Kind::Attach, 2),
+            (Kind::Stop, 2),
         ];
         let mut likely = Vec::new();
         for (kind, often) in kinds {
-            let gentle = matches!(kind, Kind::Kill | Kind::CutLink | Kind::Move | Kind::SlowDisk);
-            let wanted = random.percent(55) && !options.splits || options.splits && kind == Kind::Split;
-            let wanted = wanted && (gentle || !options.rot);
+            let gentle = match kind {
+                Kind::Kill | Kind::CutLink | Kind::Move | Kind::SlowDisk | Kind::Attach | Kind::Stop => true,
+                _ => false,
+            };
+            let drawn = random.percent(55);
+            let wanted = match options {
+                ClusterOptions { splits: true, .. } => kind == Kind::Split,
+                ClusterOptions { moves: true, .. } => kind == Kind::Attach || kind == Kind::Stop && drawn,
+                _ => drawn && (gentle || !options.rot),
+            };
             if wanted && !options.peace {
                 likely.extend(std::iter::repeat_n(kind, often));
             }
         }
         // A stream of its own: seeds without it are what they would be if it did not exist.
         let mut disks = random.fork("disks", 0);
-        let ill = options.disks || options.rot || !options.peace && !options.splits && disks.percent(ILL);
+        let sound = options.peace || options.splits || options.moves;
+        let ill = options.disks || options.rot || !sound && disks.percent(ILL);
         let draw = if options.rot { Illness::rot_only } else { Illness::draw };
         let illness = ill.then(|| draw(&mut disks));
         if illness.is_some_and(|illness| illness.rot) {
@@ -133,11 +149,15 @@ impl Swarm {
         }
         let some =
             |random: &mut Random, percent: u64, value: u64| if random.percent(percent) { value } else { 0 };
+        let swift = options.moves && random.fork("swift", 0).percent(60);
         let bytes_max = *random.pick(&[16 << 10, 128 << 10, 1 << 20]);
-        Swarm {
+        let swarm = Swarm {
+            swift,
             faults: match options {
                 ClusterOptions { peace: true, .. } | ClusterOptions { splits: true, .. } => 3,
-                ClusterOptions { replacements: true, .. } => random.range(6..=20),
+                ClusterOptions { replacements: true, .. } | ClusterOptions { moves: true, .. } => {
+                    random.range(6..=20)
+                }
                 _ => random.range(2..=9),
             },
             kinds: likely,
@@ -159,12 +179,22 @@ impl Swarm {
             patience_ns_max: if options.splits { 12 } else { *random.pick(&[2, 12]) } * SECOND_NS,
             think_ns_max: *random.pick(&[400_000, 20 * MILLISECOND_NS]),
             disconnects: some(random, 40, 5_000),
-            readers: if options.splits { 50 } else { *random.pick(&[0, 30, 60]) },
+            readers: if options.splits || options.moves { 50 } else { *random.pick(&[0, 30, 60]) },
             idle_pauses: some(random, 40, 5_000),
             tear_bytes: *random.pick(&[512, 4096]),
             disk_delay_ns_max: *random.pick(&[5_000, 50_000, 200_000, 2 * MILLISECOND_NS]),
             dark_end: random.percent(40),
             illness,
+        };
+        if !swift {
+            return swarm;
+        }
+        Swarm {
+            network_delay_ns_max: 50_000,
+            store_delay_ns_max: 10 * MILLISECOND_NS,
+            store_losses: 0,
+            disk_delay_ns_max: 50_000,
+            ..swarm
         }
     }
 }
@@ -221,6 +251,8 @@ impl World {
             Kind::Rot => self.rot(),
             Kind::NewDisk => self.lose_disk(),
             Kind::Replacement => self.replace_replica(node),
+            Kind::Attach => self.attach_somewhere(),
+            Kind::Stop => self.stop_politely(node),
             Kind::Move => {
                 let volume = self.random.index(self.volumes.len());
                 self.volumes[volume].home = node;

@@ -17,6 +17,7 @@ mod clients;
 mod disks;
 mod faults;
 mod links;
+mod moves;
 mod node;
 mod records;
 mod traffic;
@@ -34,6 +35,7 @@ use self::checks::Checks;
 use self::clients::Session;
 use self::faults::{Fault, Swarm};
 use self::links::{Blocks, Link};
+use self::moves::Moves;
 use self::node::{Node, NodePlan};
 use self::records::Records;
 use self::verify::Verifies;
@@ -76,6 +78,8 @@ pub struct ClusterOptions {
     pub rot: bool,
     /// Replicas are added and taken out all the time, on nodes that had one before, too.
     pub replacements: bool,
+    /// Nothing happens but that volumes are attached here and there, and processes end as they should.
+    pub moves: bool,
 }
 
 const PLAIN: ClusterOptions = ClusterOptions {
@@ -87,11 +91,12 @@ const PLAIN: ClusterOptions = ClusterOptions {
     stalls: false,
     rot: false,
     replacements: false,
+    moves: false,
     bugs: Bugs::none(),
 };
 
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 8] = [
+const SCENARIOS: [(&str, ClusterOptions); 9] = [
     ("peace", ClusterOptions { peace: true, ..PLAIN }),
     // Writes, syncs and reads that fail, flipped bits, and disks that are empty all at once.
     ("disks", ClusterOptions { disks: true, ..PLAIN }),
@@ -105,6 +110,8 @@ const SCENARIOS: [(&str, ClusterOptions); 8] = [
     ("stalls", ClusterOptions { splits: true, stalls: true, ..PLAIN }),
     // A node that has no replica any more gets one again, and remembers the old one.
     ("replacements", ClusterOptions { replacements: true, ..PLAIN }),
+    // What a head lets go of another one serves at once, and what that answers nobody misses.
+    ("moves", ClusterOptions { moves: true, ..PLAIN }),
     // Heads on all nodes take the volume from each other as fast as they can.
     ("fights", ClusterOptions { fights: true, ..PLAIN }),
 ];
@@ -136,6 +143,14 @@ pub struct ClusterReport {
     pub admissions: u64,
     /// Replicas that were added or taken out.
     pub replacements: u64,
+    /// Times a volume was attached to a node, or to none.
+    pub attachments: u64,
+    /// Epochs whose heads let go of them.
+    pub releases: u64,
+    /// Moves that nothing hindered.
+    pub timed_moves: u64,
+    /// The slowest of them, from the change of the record to the new head.
+    pub slowest_move_ns: u64,
     /// Changes that heads reported as committed.
     pub commits: u64,
     /// Parts of streams that one node received from another.
@@ -191,6 +206,10 @@ impl ClusterReport {
         self.removals += other.removals;
         self.admissions += other.admissions;
         self.replacements += other.replacements;
+        self.attachments += other.attachments;
+        self.releases += other.releases;
+        self.timed_moves += other.timed_moves;
+        self.slowest_move_ns = self.slowest_move_ns.max(other.slowest_move_ns);
         self.commits += other.commits;
         self.messages += other.messages;
         self.record_changes += other.record_changes;
@@ -217,19 +236,58 @@ impl ClusterReport {
 /// What is going to happen outside of nodes.
 #[derive(Debug)]
 enum Happening {
-    CallArrives { caller: usize, boot: u64, called: usize },
-    CallFails { caller: usize, boot: u64, called: usize },
-    CallDone { link: u64 },
-    Arrive { link: u64, from: usize },
-    EndBreaks { link: u64, side: usize },
-    Proposal { node: usize, boot: u64, record: Box<Record> },
-    News { node: usize, boot: u64, record: Box<Record> },
+    CallArrives {
+        caller: usize,
+        boot: u64,
+        called: usize,
+    },
+    CallFails {
+        caller: usize,
+        boot: u64,
+        called: usize,
+    },
+    CallDone {
+        link: u64,
+    },
+    Arrive {
+        link: u64,
+        from: usize,
+    },
+    EndBreaks {
+        link: u64,
+        side: usize,
+    },
+    Proposal {
+        node: usize,
+        boot: u64,
+        record: Box<Record>,
+    },
+    News {
+        node: usize,
+        boot: u64,
+        record: Box<Record>,
+    },
     Think(usize),
     Fault(u64),
     Undo(Fault),
-    HoldUp { volume: usize, node: usize, late_ns: u64 },
-    Split { volume: usize, node: usize },
-    Start { node: usize, boots: u64 },
+    HoldUp {
+        volume: usize,
+        node: usize,
+        late_ns: u64,
+    },
+    Split {
+        volume: usize,
+        node: usize,
+    },
+    Start {
+        node: usize,
+        boots: u64,
+    },
+    /// A process that was told to end has had time enough for it.
+    EndAnyway {
+        node: usize,
+        boot: u64,
+    },
     Verify,
     Watch,
 }
@@ -285,6 +343,7 @@ struct World {
     happenings: u64,
     checks: Checks,
     verifies: Verifies,
+    moves: Moves,
     random: Random,
     report: ClusterReport,
 }
@@ -330,7 +389,9 @@ impl World {
         let (mut volumes, mut records) = (Vec::new(), Vec::new());
         for volume in 0..crate::to_usize(draw.range(1..=2)) {
             let size_blocks = match options {
-                ClusterOptions { splits: true, .. } => draw.range(16..=24),
+                ClusterOptions { splits: true, .. } | ClusterOptions { moves: true, .. } => {
+                    draw.range(16..=24)
+                }
                 ClusterOptions { full: true, .. } => draw.range(3_000..=6_000),
                 _ => draw.skewed(16..=400),
             };
@@ -356,6 +417,7 @@ impl World {
             blocks: Blocks::new(nodes.len()),
             checks: Checks::new(nodes.len(), volumes.len()),
             verifies: Verifies::new(nodes.len(), volumes.len(), random.fork("verifies", 0)),
+            moves: Moves::new(volumes.len()),
             nodes,
             links: BTreeMap::new(),
             links_made: 0,
@@ -452,6 +514,7 @@ impl World {
                     self.start(node);
                 }
             }
+            Happening::EndAnyway { node, boot } => self.end_anyway(node, boot),
             Happening::Verify => self.want_verify(),
             Happening::Watch => self.watch(),
         }
@@ -460,6 +523,7 @@ impl World {
     /// The engine of a node had a turn.
     fn after_turn(&mut self, node: usize) {
         self.check_node(node);
+        self.watch_moves_to(node);
         let boot = self.nodes[node].boots;
         let Some(driver) = self.nodes[node].at(self.now_ns) else { return };
         let calls = driver.take_calls();
@@ -484,6 +548,7 @@ impl World {
             let delay = self.store_delay_ns();
             self.after(delay, Happening::Proposal { node, boot, record });
         }
+        self.end_if_drained(node);
     }
 
     fn moment(&self) -> Moment {
@@ -491,6 +556,7 @@ impl World {
     }
 
     fn start(&mut self, node: usize) {
+        self.moves.disturb(self.now_ns);
         self.sicken(node);
         if let Err(error) = self.nodes[node].start(self.now_ns, self.volumes.len()) {
             return self.start_refused(node, &error);
@@ -507,6 +573,7 @@ impl World {
     /// A node's process ends, and its power perhaps.
     fn stop(&mut self, node: usize, power_cut: bool) {
         trace::note(self.moment(), "node stops: node, power cut", [node as u64, power_cut.into(), 0]);
+        self.moves.disturb(self.now_ns);
         if self.nodes[node].life.is_some() {
             self.report.turns += self.nodes[node].report_turns();
             self.report.no_space += self.nodes[node].report_no_space();
@@ -536,6 +603,7 @@ impl World {
         self.watch_clients();
         self.watch_disks();
         self.watch_verifies();
+        self.watch_attachments();
         self.end_if_all_is_well();
         if self.stage != Stage::Working {
             assert!(
@@ -574,6 +642,7 @@ impl World {
         self.report.removals = self.records.removals;
         self.report.admissions = self.records.admissions;
         self.report.replacements = self.records.replaced;
+        self.report.releases = self.records.released;
         self.report.record_changes = self.records.accepted;
         self.report.virtual_ns = self.now_ns - SECOND_NS;
         self.report.digest = trace::digest();

@@ -15,11 +15,13 @@ pub(super) struct Records {
     pub(super) started: u64,
     /// Replicas that somebody added or took out.
     pub(super) replaced: u64,
+    /// Epochs whose heads let go of them.
+    pub(super) released: u64,
 }
 
 impl Records {
     pub(super) fn new(records: Vec<Record>) -> Records {
-        Records { records, accepted: 0, removals: 0, admissions: 0, started: 0, replaced: 0 }
+        Records { records, accepted: 0, removals: 0, admissions: 0, started: 0, replaced: 0, released: 0 }
     }
 
     pub(super) fn get(&self, volume: usize) -> &Record {
@@ -39,6 +41,14 @@ impl Records {
         self.records[volume] = record;
     }
 
+    /// Somebody attaches the volume to a node, or to none.
+    pub(super) fn attach(&mut self, volume: usize, node: Option<NodeId>, proposal: u64) -> Record {
+        let next = self.records[volume].with_attached(node, proposal);
+        self.accepted += 1;
+        self.records[volume] = next.clone();
+        next
+    }
+
     /// A proposal has arrived: it takes effect if it replaces the present record. Says whether it did.
     pub(super) fn propose(&mut self, volume: usize, proposed: &Record) -> bool {
         let present = &self.records[volume];
@@ -50,6 +60,7 @@ impl Records {
         let (before, after) = (present.in_sync.len(), proposed.in_sync.len());
         self.removals += before.saturating_sub(after) as u64;
         self.admissions += after.saturating_sub(before) as u64;
+        self.released += u64::from(proposed.released != present.released);
         self.started += u64::from(proposed.started && proposed.epoch != present.last_started);
         self.records[volume] = proposed.clone();
         true
@@ -72,6 +83,13 @@ fn assert_succession(present: &Record, proposed: &Record) {
     } else {
         assert!(!proposed.started, "an epoch opens before it starts: {}", what());
         assert_eq!(present.in_sync, proposed.in_sync, "opening an epoch leaves nobody out: {}", what());
+    }
+    assert_eq!(present.attached, proposed.attached, "heads do not say where they ought to be: {}", what());
+    if proposed.released != present.released {
+        assert!(to == from && present.started && proposed.released == to, "let go of nothing: {}", what());
+    }
+    if to == from && to > 0 && present.living_head().is_none() {
+        assert_eq!(present.in_sync, proposed.in_sync, "nobody leads: {}", what());
     }
     let last_started = if proposed.started { to } else { present.last_started };
     assert_eq!(proposed.last_started, last_started, "{}", what());

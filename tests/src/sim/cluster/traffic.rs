@@ -213,6 +213,7 @@ impl World {
             return;
         }
         let volume = position(record.volume);
+        let lets_go = record.released != self.records.get(volume).released;
         let accepted = self.records.propose(volume, record);
         trace::note(
             self.moment(),
@@ -220,6 +221,9 @@ impl World {
             [record.version, record.epoch.into(), accepted.into()],
         );
         let present = self.records.get(volume).clone();
+        if accepted && lets_go {
+            self.cut_off_now_and_then(volume, node);
+        }
         if accepted {
             for replica in present.replicas().into_iter().map(index).filter(|replica| *replica != node) {
                 self.send_news(replica, present.clone());

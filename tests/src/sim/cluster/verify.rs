@@ -184,7 +184,8 @@ impl World {
     /// Whoever is asked to verify a volume leads it meanwhile.
     pub(super) fn have_it_led(&mut self, volume: usize) {
         let asked = self.verifies.open.values().any(|open| open.volume == volume);
-        let head = self.records.get(volume).head.map(|head| index(head.node));
+        let record = self.records.get(volume);
+        let head = record.attached.or(record.head.map(|head| head.node)).map(index);
         if let Some(node) = head.filter(|_| !asked) {
             self.verify_at(volume, node);
         }

@@ -134,8 +134,10 @@ impl<M: Memory> Shard<M> {
             replica.checking.waiting = None;
             return self.refuse_verify(volume, verify, EndReason::NoHead);
         }
-        let may_lead = replica.member.is_some() && replica.refusal(config, now).is_none();
-        if !replica.head.is_active() && may_lead {
+        if !replica.head.is_active()
+            && replica.refusal(config, now).is_none()
+            && replica.may_take(config, now)
+        {
             replica.checking.leads_for_it = true;
             replica.head.take(now, random);
             self.settle_head(index);
@@ -177,8 +179,10 @@ impl<M: Memory> Shard<M> {
             checking.leads_for_it = false;
             let replica = &mut replicas[index];
             // Whoever wants the volume elsewhere need not wait until this node ends.
-            if self.served[replica.served].connections == 0 && replica.head.is_serving() {
-                replica.head.resign();
+            let is_asked = self.served[replica.served].connections > 0 || replica.attached_since.is_some();
+            if !is_asked && replica.head.is_serving() {
+                let now = self.now;
+                replica.head.release(now);
                 self.settle_head(index);
             }
         }

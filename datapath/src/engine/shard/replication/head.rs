@@ -294,6 +294,11 @@ impl<M: Memory> Shard<M> {
         let served = self.replication.replicas[index].served;
         self.progress = true;
         self.begin_checks(index);
+        self.wake_connections(served);
+    }
+
+    /// Requests of the volume may go on.
+    pub(super) fn wake_connections(&mut self, served: usize) {
         for id in self.connections_of(served) {
             self.ready.push_back(id);
         }
@@ -313,6 +318,7 @@ impl<M: Memory> Shard<M> {
         self.fail_held(index);
         self.end_waiting(index);
         let replica = &mut self.replication.replicas[index];
+        replica.leaving_since = None;
         (replica.waiting_copy, replica.source) = (None, None);
         self.fail_peer_reads(index);
         self.end_checks(index);
@@ -322,7 +328,7 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    fn connections_of(&mut self, served: usize) -> Vec<ConnectionId> {
+    pub(super) fn connections_of(&mut self, served: usize) -> Vec<ConnectionId> {
         let chosen = |id: &ConnectionId| {
             self.connections[id.0 as usize]
                 .as_ref()
@@ -331,20 +337,22 @@ impl<M: Memory> Shard<M> {
         (0..crate::limits::CONNECTIONS_MAX).map(ConnectionId).filter(chosen).collect()
     }
 
-    /// A client has chosen the volume and nobody leads it here: this node becomes the head. Where it cannot, its clients
-    /// are not kept waiting.
+    /// A client has chosen the volume, or it is attached here, and nobody leads it here: this node becomes the head. Where
+    /// it cannot, its clients are not kept waiting.
     pub(super) fn take_over_if_asked(&mut self, index: usize) {
+        let (now, config) = (self.now, self.replication.config());
         let replica = &self.replication.replicas[index];
-        if replica.head.is_active() || self.draining || self.served[replica.served].connections == 0 {
+        let is_asked = self.served[replica.served].connections > 0 || replica.attached_since.is_some();
+        if replica.head.is_active() || self.draining || !is_asked {
             return;
         }
-        if replica.refusal(self.replication.config(), self.now).is_some() {
+        if replica.refusal(config, now).is_some() {
             // Its clients came before that was known: they look for another node.
             let served = replica.served;
             for id in self.connections_of(served) {
                 self.close(id);
             }
-        } else if replica.member.is_some() {
+        } else if replica.may_take(config, now) {
             let (now, random) = (self.now, self.replication.random());
             self.replication.replicas[index].head.take(now, random);
         }

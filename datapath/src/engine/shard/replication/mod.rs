@@ -14,6 +14,7 @@ mod compare;
 mod content;
 mod dial;
 mod fill;
+mod handover;
 mod head;
 mod link;
 mod link_input;
@@ -75,6 +76,8 @@ pub struct ReplicaState<'a> {
     pub record: &'a Record,
     /// Its epoch is this node's, and has started.
     pub leads: bool,
+    /// It takes requests by that.
+    pub serves: bool,
     /// If it leads: changes up to here are committed.
     pub committed: u64,
     /// Changes up to here are on this node's stable media; nothing while the member cannot work.
@@ -105,6 +108,10 @@ struct Replica {
     /// The record counts on what the replica held, and it is gone, as when the pool was made anew.
     lost: bool,
     leader: Leader,
+    /// Since when no request is begun, because the volume moves to another node.
+    leaving_since: Option<Moment>,
+    /// Since when it is known that the volume is attached to this node.
+    attached_since: Option<Moment>,
     /// What the changes that are not committed hold.
     contents: Contents,
     /// Reads that came back from the lane and may not be answered yet.
@@ -177,6 +184,8 @@ pub(super) struct Replication {
     check_reports: VecDeque<CheckReport>,
     /// Sent on links.
     bytes_sent: PeerBytes,
+    /// The process ends: until then it waits for records that say that its heads have let go.
+    last_releases_until: Option<Moment>,
 }
 
 impl Replication {
@@ -202,6 +211,7 @@ impl Replication {
             scrub_period_ns: 0,
             check_reports: VecDeque::new(),
             bytes_sent: PeerBytes::default(),
+            last_releases_until: None,
             peer_pages_max: if node.is_some() { free_pages / PEER_PAGES_PART } else { 0 },
         }
     }
@@ -243,13 +253,15 @@ impl Replication {
         mixed ^ mixed >> 31
     }
 
-    /// When a head or a dial wants its turn.
-    pub(super) fn poll_timeout(&self) -> Option<Moment> {
+    /// When a head or a dial wants its turn. `takes`: the node still takes volumes.
+    pub(super) fn poll_timeout(&self, takes: bool) -> Option<Moment> {
         let heads = self.replicas.iter().filter_map(|replica| replica.head.poll_timeout());
         let greeting = self.greetings_due.front().map(|(moment, ..)| *moment);
         let reads = self.replicas.iter().filter_map(|replica| replica.peer_reads.poll_timeout());
         let checks = self.replicas.iter().filter_map(|replica| replica.checking.poll_timeout());
-        heads.chain(reads).chain(checks).chain(self.dials.poll_timeout()).chain(greeting).min()
+        let handover = self.poll_handover_timeout(takes);
+        let all = heads.chain(reads).chain(checks).chain(self.dials.poll_timeout());
+        all.chain(greeting).chain(handover).min()
     }
 }
 
@@ -258,7 +270,7 @@ impl Replica {
     fn refusal(&self, config: NodeConfig, now: Moment) -> Option<String> {
         let node = config.node;
         let record = self.head.record();
-        if self.head.is_active() {
+        if self.head.is_active() && self.leaving_since.is_none() {
             return None;
         }
         if self.failed {
@@ -270,6 +282,10 @@ impl Replica {
                 record.name
             ));
         }
+        if let Some(other) = record.attached.filter(|other| *other != node) {
+            let name = &record.name;
+            return Some(format!("{name} is attached to node number {}: connect there", other.0));
+        }
         if !record.is_in_sync(node) {
             let others: Vec<String> = record.in_sync.iter().map(|node| node.0.to_string()).collect();
             return Some(format!(
@@ -278,8 +294,15 @@ impl Replica {
                 others.join(" or ")
             ));
         }
-        let head = record.head.filter(|head| head.node != node)?;
-        let may_live = self.member.as_ref().is_none_or(|member| member.has_granted(now));
+        if self.head.is_releasing() {
+            return Some(format!("{} is being let go here: try again", record.name));
+        }
+        if record.attached.is_some() {
+            // It comes here.
+            return None;
+        }
+        let head = record.living_head().filter(|head| head.node != node)?;
+        let may_live = self.member.as_ref().is_none_or(|member| member.granted_until() > now);
         (may_live && !config.steals).then(|| {
             format!(
                 "node number {} leads {}: connect there; if it is dead, try again in 3 seconds",
@@ -300,6 +323,7 @@ impl<M: Memory> Shard<M> {
         self.replication.replicas.iter().map(|replica| ReplicaState {
             record: replica.head.record(),
             leads: replica.head.has_started(),
+            serves: replica.head.is_serving(),
             committed: replica.head.committed(),
             durable: replica.member.as_ref().map(Member::durable),
             promised: replica.member.as_ref().map(Member::promised),
@@ -328,6 +352,7 @@ impl<M: Memory> Shard<M> {
         let is_left_out = was_in_sync && !head.record().is_in_sync(node);
         let left: Vec<NodeId> =
             before.into_iter().filter(|member| !head.record().is_in_sync(*member)).collect();
+        self.note_attachment(index);
         self.settle_head(index);
         if is_left_out {
             let served = &self.served[self.replication.replicas[index].served];
@@ -388,6 +413,8 @@ impl<M: Memory> Shard<M> {
             failed: !own_lineage,
             lost: false,
             leader: Leader::Nobody,
+            leaving_since: None,
+            attached_since: None,
             contents: Contents::default(),
             held: Vec::new(),
             waiting_room: VecDeque::new(),
@@ -417,6 +444,7 @@ impl<M: Memory> Shard<M> {
                 head.handle_timeout(now);
             }
             self.settle_head(index);
+            self.hand_over_if_asked(index);
             self.advance_waiting(index);
             self.advance_peer_reads(index);
             self.answer_held(index);
@@ -485,11 +513,10 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    /// The node stops, and its clients are gone: heads resign and links are closed. True when nothing is left.
+    /// The node stops, and its clients are gone: heads let go and links are closed. True when nothing is left.
     pub(super) fn replication_has_ended(&mut self) -> bool {
-        for index in 0..self.replication.replicas.len() {
-            self.replication.replicas[index].head.resign();
-            self.settle_head(index);
+        if !self.have_heads_let_go() {
+            return false;
         }
         self.close_links();
         self.replication.links.iter().all(Option::is_none) && self.replication.works.is_empty()
@@ -506,7 +533,9 @@ impl<M: Memory> Shard<M> {
     /// May clients' requests to this served volume go on? One that is not replicated is open with its lane.
     pub(super) fn is_led_here(&self, served: usize) -> bool {
         match self.served[served].replica {
-            Some(replica) => self.replication.replicas[replica].head.is_serving(),
+            Some(replica) => {
+                self.replication.replicas[replica].head.is_serving() && !self.is_leaving(replica)
+            }
             None => true,
         }
     }
