@@ -199,6 +199,22 @@ impl Cluster {
         child.wait().expect("our child");
     }
 
+    /// Tells a node to end, and waits until it has; says how long that took.
+    ///
+    /// # Panics
+    /// If it does not end as it should.
+    pub fn stop_node(&mut self, index: usize) -> Duration {
+        use nix::sys::signal::{Signal, kill};
+        let node = &mut self.nodes[index];
+        let mut child = node.child.take().unwrap_or_else(|| panic!("{} does not run", node.name));
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("a process id"));
+        let start = Instant::now();
+        kill(pid, Signal::SIGTERM).expect("our child");
+        let status = child.wait().expect("our child");
+        assert!(status.success(), "{} ends with {status}; see {}", node.name, node.log.display());
+        start.elapsed()
+    }
+
     /// Stops a node's process, or lets it go on: SIGSTOP and SIGCONT.
     ///
     /// # Panics
@@ -373,6 +389,31 @@ impl Probe {
                 if self.client.is_none() {
                     thread::park_timeout(Duration::from_millis(10));
                 }
+            }
+        }
+    }
+
+    /// Writes one block through whichever of these nodes serves the volume, beginning with the one that did.
+    ///
+    /// # Panics
+    /// If that takes too long or ends in an error.
+    pub fn write_through_any(&mut self, nodes: &[ClusterNode]) -> Duration {
+        let start = Instant::now();
+        let mut others = nodes.iter().cycle();
+        loop {
+            assert!(start.elapsed() < PATIENCE * 2, "no node serves {}", self.volume);
+            let offset = self.written % 64 * BLOCK;
+            if let Some(client) = &mut self.client
+                && let Ok(answer) = client.call(command::WRITE, offset, BLOCK, &[7; 4096])
+            {
+                assert_eq!(answer.error, 0, "a write fails");
+                self.written += 1;
+                return start.elapsed();
+            }
+            self.client = Client::connect(&self.socket, &self.volume).ok();
+            if self.client.is_none() {
+                self.socket.clone_from(&others.next().expect("there are nodes").socket);
+                thread::park_timeout(Duration::from_millis(1));
             }
         }
     }
