@@ -2,5 +2,6 @@
 
 pub mod bench;
 pub mod heal;
+pub mod placement;
 pub mod record_store;
 pub mod service;
