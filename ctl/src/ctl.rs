@@ -26,6 +26,12 @@ pub(crate) struct CtlArguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     replace_after: u64,
 
+    /// Place volumes until their sizes come to so many percent of what their nodes can hold. More than 100: their blocks are
+    /// taken when they are first written, and all of them together may not fit.
+    #[arg(long, value_name = "PERCENT", default_value_t = 100,
+        value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    overcommit: u32,
+
     /// End when the process that started this one ends.
     #[arg(long, hide = true)]
     exit_with_parent: bool,
@@ -47,13 +53,19 @@ impl FromStr for StorePlace {
 
 /// Runs until it is told to stop.
 pub(crate) fn run(arguments: CtlArguments) -> Result<(), String> {
-    let CtlArguments { store, listen, insecure, replace_after, exit_with_parent } = arguments;
+    let CtlArguments { store, listen, insecure, replace_after, overcommit, exit_with_parent } = arguments;
     let replace_after = (replace_after > 0).then(|| Duration::from_secs(replace_after));
     if exit_with_parent {
         end_with_parent()?;
     }
-    server::run(&CtlConfig { store: store.0, listen, insecure, replace_after })
-        .map_err(|error| error.to_string())
+    server::run(&CtlConfig {
+        store: store.0,
+        listen,
+        insecure,
+        replace_after,
+        overcommit_percent: overcommit,
+    })
+    .map_err(|error| error.to_string())
 }
 
 /// Has the kernel ask this process to end when the one that started it ends, however that comes.

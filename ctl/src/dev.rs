@@ -184,7 +184,7 @@ fn make_volume(url: &str, size: Size, on: &[String]) -> Result<(), String> {
             name: "data".to_owned(),
             size_blocks: size.bytes / datapath::units::BLOCK_BYTES_U64,
             on: on.to_vec(),
-            min_in_sync: 0,
+            ..CreateVolumeRequest::default()
         };
         client.create_volume(request).await.map(|_| ()).map_err(|error| error.message().to_owned())
     })

@@ -17,6 +17,8 @@ use std::time::Duration;
 
 use datapath::record::{NodeId, Record, VolumeNumber};
 
+use crate::placement::{self, Model, Request};
+
 /// Replicas that a node is filled with at a time, of all volumes.
 pub const FILLS_PER_NODE_MAX: usize = 4;
 
@@ -47,38 +49,30 @@ pub enum Step {
     Remove(VolumeNumber, NodeId),
 }
 
-/// At most one step for each volume. A node that stays away for `grace` is gone; one that never joined is, too.
+/// At most one step for each volume. A node that stays away for `grace` is gone; one that never joined is, too. Placement
+/// chooses the nodes, by the model of what there is at the same moment.
 #[must_use]
-pub fn steps(records: &[Arc<Record>], nodes: &BTreeMap<NodeId, Presence>, grace: Duration) -> Vec<Decision> {
-    let mut loads: BTreeMap<NodeId, Load> = nodes.keys().map(|node| (*node, Load::default())).collect();
-    for record in records {
-        for node in record.replicas() {
-            let load = loads.entry(node).or_default();
-            load.replicas += 1;
-            load.fills += usize::from(record.fresh.contains(&node));
-        }
-    }
+pub fn steps(
+    records: &[Arc<Record>],
+    model: Model,
+    presence: &BTreeMap<NodeId, Presence>,
+    grace: Duration,
+) -> Vec<Decision> {
+    let mut model = model;
     let mut steps = Vec::new();
     for record in records {
-        let is_gone = |node: NodeId| match nodes.get(&node) {
+        let is_gone = |node: NodeId| match presence.get(&node) {
             Some(Presence::Here) => false,
             Some(Presence::Away(away)) => *away >= grace,
             None => true,
         };
-        let step = step(record, is_gone, || choose(record, nodes, &loads));
+        let step = step(record, is_gone, || choose(record, &model, is_gone));
         if let Some(Step::Add(_, node)) = step {
-            let load = loads.get_mut(&node).expect("a node that is here");
-            (load.replicas, load.fills) = (load.replicas + 1, load.fills + 1);
+            model.give(node, placement::size_bytes(record));
         }
         steps.extend(step.map(|step| Decision { step, version: record.version }));
     }
     steps
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Load {
-    replicas: usize,
-    fills: usize,
 }
 
 fn step(
@@ -105,16 +99,11 @@ fn step(
     None
 }
 
-/// The node with the fewest replicas that is here, has none of this volume, and is not busy with others.
-fn choose(
-    record: &Record,
-    nodes: &BTreeMap<NodeId, Presence>,
-    loads: &BTreeMap<NodeId, Load>,
-) -> Option<NodeId> {
-    let replicas = record.replicas();
-    let may = |node: &NodeId| !replicas.contains(node) && loads[node].fills < FILLS_PER_NODE_MAX;
-    let here = nodes.iter().filter(|(_, presence)| **presence == Presence::Here);
-    here.map(|(node, _)| *node).filter(may).min_by_key(|node| (loads[node].replicas, *node))
+/// The node that can take one more replica best. Those on nodes that are gone protect from nothing any more.
+fn choose(record: &Record, model: &Model, is_gone: impl Fn(NodeId) -> bool) -> Option<NodeId> {
+    let holders = record.replicas().into_iter().filter(|node| !is_gone(*node)).collect();
+    let request = Request { holders, needs_fill: true, ..Request::new(placement::size_bytes(record), 1) };
+    placement::choose(model, &request)?.into_iter().find(|node| !record.replicas().contains(node))
 }
 
 #[cfg(test)]
@@ -122,6 +111,7 @@ mod tests {
     use datapath::record::StaleReplica;
 
     use super::*;
+    use crate::placement::{Health, Node};
 
     const GRACE: Duration = Duration::from_secs(600);
 
@@ -153,8 +143,28 @@ mod tests {
         (1..=nodes).map(|node| (id(node), Presence::Here)).collect()
     }
 
+    /// Nodes with room for everything, unless it is said how many blocks are left at one.
+    fn model(nodes: &BTreeMap<NodeId, Presence>, small: Option<(u32, u64)>) -> Model {
+        let node = |(node, presence): (&NodeId, &Presence)| Node {
+            id: *node,
+            name: format!("n{}", node.0),
+            zone: None,
+            rack: None,
+            labels: BTreeMap::new(),
+            health: if *presence == Presence::Here { Health::Here } else { Health::Away },
+            cordoned: false,
+            draining: false,
+            capacity_bytes: small.filter(|it| it.0 == node.0).map_or(1 << 40, |it| it.1 * 4096),
+            reserved_bytes: 0,
+            replicas: 0,
+            fills: 0,
+            load_permille: 0,
+        };
+        Model { nodes: nodes.iter().map(node).collect(), overcommit_percent: 100 }
+    }
+
     fn one(record: &Record, nodes: &BTreeMap<NodeId, Presence>) -> Option<Step> {
-        let steps = steps(&[Arc::new(record.clone())], nodes, GRACE);
+        let steps = steps(&[Arc::new(record.clone())], model(nodes, None), nodes, GRACE);
         assert!(steps.len() <= 1);
         steps.first().map(|decision| decision.step)
     }
@@ -188,6 +198,19 @@ mod tests {
     }
 
     #[test]
+    fn a_node_without_room_is_passed_over() {
+        let mut record = volume(1, &[1, 2]);
+        leave_out(&mut record, 2);
+        let mut nodes = all_here(3);
+        nodes.insert(id(2), Presence::Away(GRACE));
+        let records = [Arc::new(record.clone())];
+        for (blocks, expected) in [(8, Some(Step::Add(VolumeNumber(1), id(3)))), (7, None)] {
+            let steps = steps(&records, model(&nodes, Some((3, blocks))), &nodes, GRACE);
+            assert_eq!(steps.first().map(|decision| decision.step), expected, "{blocks} blocks");
+        }
+    }
+
+    #[test]
     fn where_no_node_is_left_nothing_is_done() {
         let mut record = volume(1, &[1, 2, 3]);
         leave_out(&mut record, 2);
@@ -212,7 +235,7 @@ mod tests {
         let mut nodes = all_here(5);
         nodes.insert(id(2), Presence::Away(GRACE));
         let shared: Vec<Arc<Record>> = records.iter().cloned().map(Arc::new).collect();
-        let steps = steps(&shared, &nodes, GRACE);
+        let steps = steps(&shared, model(&nodes, None), &nodes, GRACE);
         let given = |node: u32| {
             steps.iter().filter(|it| matches!(it.step, Step::Add(_, to) if to == id(node))).count()
         };

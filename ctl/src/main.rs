@@ -52,7 +52,19 @@ enum Output {
     Json,
 }
 
+/// A broken invariant ends the process, whichever thread finds it: what it holds is on its disks, and nobody may go on with a
+/// state that must not be. (`panic = "abort"` would say the same, but tests are built without it, and with two ways to
+/// build, every library would be built twice.)
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        std::process::abort();
+    }));
+}
+
 fn main() -> ExitCode {
+    abort_on_panic();
     let arguments = Arguments::parse();
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(colours).init();

@@ -1,12 +1,13 @@
 //! The flags of `berth node`, and how its results are printed.
 
+use std::collections::BTreeMap;
 use std::net::ToSocketAddrs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use nbd_server::control::convert::{NodeAddress, node_from_message};
-use nbd_server::control::proto::ListNodesRequest;
+use nbd_server::control::convert::{MessageError, NodeInfo, label, node_from_message};
+use nbd_server::control::proto::{ListNodesRequest, NodeState};
 use nbd_server::listener::ListenAddress;
 use nbd_server::node::{NodeSettings, run_node};
 use nbd_server::node_name::NodeName;
@@ -57,6 +58,18 @@ pub(crate) struct RunArguments {
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
 
+    /// What fails together with it: a data centre, an availability zone. Replicas are spread over zones.
+    #[arg(long, value_name = "ZONE", value_parser = parse_label)]
+    zone: Option<String>,
+
+    /// What fails together with it within the zone. Replicas are spread over racks.
+    #[arg(long, value_name = "RACK", value_parser = parse_label)]
+    rack: Option<String>,
+
+    /// KEY=VALUE, for whoever chooses nodes by it. May be given several times.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_pair)]
+    labels: Vec<(String, String)>,
+
     /// The processor to use; a node runs one thread [default: the first that the process may use].
     #[arg(long, value_name = "NUMBER")]
     cpus: Option<CpuList>,
@@ -98,16 +111,40 @@ struct NodeReport {
     peer: String,
     /// In hexadecimal: JavaScript has no integers of 64 bits.
     boot: String,
+    version: String,
+    zone: Option<String>,
+    rack: Option<String>,
+    labels: BTreeMap<String, String>,
+    connected: bool,
+    /// What volumes may use in its pools.
+    capacity_bytes: u64,
+    /// Sum of the sizes of the volumes of which it has a replica.
+    reserved_bytes: u64,
+    replicas: u32,
+    /// Of those: they are being filled.
+    fills: u32,
+    /// Volumes that it leads.
+    heads: u32,
 }
 
-impl From<NodeAddress> for NodeReport {
-    fn from(node: NodeAddress) -> NodeReport {
+impl NodeReport {
+    fn new(node: NodeInfo, state: NodeState) -> NodeReport {
         NodeReport {
             node: node.node.0,
             name: node.name.to_string(),
             nbd: node.nbd,
             peer: node.peer,
             boot: format!("{:016x}", node.boot),
+            version: node.facts.version,
+            zone: node.facts.zone,
+            rack: node.facts.rack,
+            labels: node.facts.labels,
+            connected: state.connected,
+            capacity_bytes: node.facts.capacity_bytes,
+            reserved_bytes: state.reserved_bytes,
+            replicas: state.replicas,
+            fills: state.fills,
+            heads: state.heads,
         }
     }
 }
@@ -138,12 +175,25 @@ fn run_as_node(run: RunArguments, ctl: String) -> Result<(), String> {
         nbd: run.nbd,
         peer: run.peer,
         advertise: run.advertise,
+        zone: run.zone,
+        rack: run.rack,
+        labels: run.labels.into_iter().collect(),
         cpus: run.cpus,
         map_cache: run.map_cache,
         metrics: run.metrics,
         scrub_period: run.scrub_days,
     };
     run_node(&settings).map_err(|error| error.to_string())
+}
+
+fn parse_label(text: &str) -> Result<String, String> {
+    label("it", text.to_owned()).map_err(|error| error.to_string())
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("{text} is not KEY=VALUE"))?;
+    let value = if value.is_empty() { String::new() } else { parse_label(value)? };
+    Ok((parse_label(key)?, value))
 }
 
 /// Days, or a part of one.
@@ -167,12 +217,16 @@ fn check_loopback(address: &str) -> Result<(), String> {
 }
 
 fn list(remote: &RemoteArguments) -> Result<(), String> {
-    let nodes = with_client(remote, |mut client| async move {
-        let nodes = answer(client.list_nodes(ListNodesRequest {})).await?.nodes;
-        let nodes: Result<Vec<_>, _> = nodes.into_iter().map(node_from_message).collect();
-        nodes.map_err(|error| format!("berth ctl sent what it must not: {error}"))
-    })?;
-    let nodes: Vec<NodeReport> = nodes.into_iter().map(NodeReport::from).collect();
+    let reply =
+        with_client(
+            remote,
+            |mut client| async move { answer(client.list_nodes(ListNodesRequest {})).await },
+        )?;
+    let states = reply.states.into_iter().chain(std::iter::repeat_with(NodeState::default));
+    let nodes = reply.nodes.into_iter().zip(states);
+    let nodes = nodes.map(|(node, state)| Ok(NodeReport::new(node_from_message(node)?, state)));
+    let nodes = nodes.collect::<Result<Vec<_>, MessageError>>();
+    let nodes = nodes.map_err(|error| format!("berth ctl sent what it must not: {error}"))?;
     print(remote.output, &nodes, || table(&nodes))
 }
 
@@ -180,10 +234,23 @@ fn table(nodes: &[NodeReport]) -> String {
     if nodes.is_empty() {
         return "no node has joined yet\n".to_owned();
     }
-    let mut lines = vec![["NAME", "NUMBER", "PEER", "NBD"].map(str::to_owned).to_vec()];
+    let heading = ["NAME", "STATE", "ZONE", "CAPACITY", "PROMISED", "REPLICAS", "LEADS", "NBD", "PEER"];
+    let mut lines = vec![heading.map(str::to_owned).to_vec()];
     for node in nodes {
-        let nbd = node.nbd.clone().unwrap_or_else(|| "-".to_owned());
-        lines.push(vec![node.name.clone(), node.node.to_string(), node.peer.clone(), nbd]);
+        let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+        let state = if node.connected { "connected" } else { "AWAY" };
+        let filling = if node.fills == 0 { String::new() } else { format!(" ({} filling)", node.fills) };
+        lines.push(vec![
+            node.name.clone(),
+            state.to_owned(),
+            or_none(&node.zone),
+            Size { bytes: node.capacity_bytes }.to_string(),
+            Size { bytes: node.reserved_bytes }.to_string(),
+            format!("{}{filling}", node.replicas),
+            node.heads.to_string(),
+            or_none(&node.nbd),
+            node.peer.clone(),
+        ]);
     }
     columns(&lines)
 }

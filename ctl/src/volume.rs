@@ -31,16 +31,25 @@ pub(crate) struct VolumeArguments {
 
 #[derive(Debug, Subcommand)]
 enum VolumeCommand {
-    /// Make a volume with a replica on each of these nodes.
+    /// Make a volume. Its replicas come to nodes with room for them, spread over zones and racks, or to those named.
     Create {
         /// Its name: 1 to 63 of a-z, 0-9, '.' and '-'.
         name: VolumeName,
         /// Its size: 20G, 512M, bytes.
         #[arg(long, value_parser = parse_size)]
         size: Size,
-        /// Names of the nodes, as in n1,n2,n3.
-        #[arg(long, value_name = "NODES", required = true, value_delimiter = ',')]
+        /// How many replicas [default: 3].
+        #[arg(long, value_name = "N", conflicts_with = "on", value_parser = clap::value_parser!(u32).range(1..=64))]
+        replicas: Option<u32>,
+        /// Exactly these nodes, as in n1,n2,n3, whether they have room for all of it or not.
+        #[arg(long, value_name = "NODES", value_delimiter = ',')]
         on: Vec<NodeName>,
+        /// The node where its task runs: it gets a replica if it can take one.
+        #[arg(long, value_name = "NODE", conflicts_with = "on")]
+        near: Option<NodeName>,
+        /// Only nodes of these zones.
+        #[arg(long, value_name = "ZONES", value_delimiter = ',', conflicts_with = "on")]
+        zones: Vec<String>,
         /// Serve only while so many replicas are in sync [default: 2 with three replicas or more, else 1].
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
         min_in_sync: Option<u32>,
@@ -186,12 +195,15 @@ pub(crate) fn run(arguments: &VolumeArguments) -> Result<bool, String> {
     let ask = |request| with_client(&arguments.remote, |client| one(client, request));
     let printed = match &arguments.command {
         VolumeCommand::Verify { name } => return verify::run(&arguments.remote, name),
-        VolumeCommand::Create { name, size, on, min_in_sync } => {
+        VolumeCommand::Create { name, size, replicas, on, near, zones, min_in_sync } => {
             let made = ask(Request::Create(CreateVolumeRequest {
                 name: name.to_string(),
                 size_blocks: size.bytes / BLOCK_BYTES_U64,
                 on: on.iter().map(NodeName::to_string).collect(),
                 min_in_sync: min_in_sync.unwrap_or(0),
+                replicas: replicas.unwrap_or(0),
+                near: near.as_ref().map(NodeName::to_string).unwrap_or_default(),
+                zones: zones.clone(),
             }))?;
             print(output, &made, || {
                 format!("volume {name}: {}, replicas on {}\n", made.size(), made.in_sync.join(", "))
@@ -331,8 +343,7 @@ fn report(
 
 fn table(volumes: &[VolumeReport]) -> String {
     if volumes.is_empty() {
-        return "there are no volumes; make one with `berth volume create NAME --size 10G --on NODE`\n"
-            .to_owned();
+        return "there are no volumes; make one with `berth volume create NAME --size 10G`\n".to_owned();
     }
     let heading = ["NAME", "SIZE", "HEAD", "IN SYNC", "AWAY", "LAST PASS"];
     let mut lines = vec![heading.map(str::to_owned).to_vec()];

@@ -26,6 +26,7 @@ use datapath::record::{NodeId, Record};
 use datapath::replica::check::{CheckReport, PassState};
 use datapath::store::lane::AckPolicy;
 
+use crate::control::convert::NodeFacts;
 use crate::control::link::{Command, ControlLink, LinkError, LinkSettings, News};
 use crate::listener::{ListenAddress, Listener, limit_undelivered};
 use crate::metrics::start_metrics;
@@ -61,6 +62,12 @@ pub struct NodeSettings {
     pub peer: ListenAddress,
     /// The host name or address under which others reach this node; without it the one that `peer` names.
     pub advertise: Option<String>,
+    /// What fails together with it beyond its rack.
+    pub zone: Option<String>,
+    /// What fails together with it within the zone.
+    pub rack: Option<String>,
+    /// For whoever chooses nodes by them.
+    pub labels: BTreeMap<String, String>,
     /// The processor to use: a node runs one thread.
     pub cpus: Option<CpuList>,
     /// Memory for the map of all volumes.
@@ -156,7 +163,15 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     let peer_address = advertised(&peer).ok_or(ServeError::PeerAddress)?;
     limit_undelivered(&peer.socket(), UNDELIVERED_MAX)
         .map_err(process("set up the socket for other nodes"))?;
+    let facts = NodeFacts {
+        capacity_bytes: pool.capacity_bytes(file.length_bytes()),
+        zone: settings.zone.clone(),
+        rack: settings.rack.clone(),
+        labels: settings.labels.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
     let link = Arc::new(ControlLink::start(LinkSettings {
+        facts,
         ctl: settings.ctl.clone(),
         name: settings.name.clone(),
         boot,

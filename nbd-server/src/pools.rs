@@ -198,6 +198,14 @@ pub fn recover_pool(pool: &PoolFile, settings: &LaneSettings) -> Result<Recovere
     Ok(RecoveredPool { layout, lanes, is_file: pool.is_regular_file() })
 }
 
+impl RecoveredPool {
+    /// Bytes that volumes may use in it, if it has this length.
+    #[must_use]
+    pub fn capacity_bytes(&self, length_bytes: u64) -> u64 {
+        Lane::capacity_blocks_of(&self.layout, self.layout.segments_in(length_bytes)) * BLOCK_BYTES_U64
+    }
+}
+
 /// Makes the shards of a process that serves all pools, with new volumes in the first one. A node has one.
 ///
 /// # Errors

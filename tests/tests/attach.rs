@@ -75,7 +75,9 @@ fn a_volume_follows_its_task() {
         let load = scope.spawn(|| bench::run_with(&args, &control));
         for number in 0..moves / 2 {
             let before = control.reconnects();
-            run(&mut cluster.ctl.command(&format!("volume attach v --steal --node n{}", 1 + (number + 1) % 3)));
+            run(&mut cluster
+                .ctl
+                .command(&format!("volume attach v --steal --node n{}", 1 + (number + 1) % 3)));
             while control.reconnects() == before && !load.is_finished() {
                 thread::park_timeout(Duration::from_millis(5));
             }
@@ -100,7 +102,10 @@ fn who_holds_a_volume_is_named_to_whoever_else_wants_it() {
         let said = run_to_fail(&mut cluster.ctl.command(words));
         assert!(said.contains(why), "{words}: {said}");
     };
-    refused("volume attach v --node n3", "node n3 has no replica of volume v; give it one with `berth volume");
+    refused(
+        "volume attach v --node n3",
+        "node n3 has no replica of volume v; give it one with `berth volume",
+    );
     refused("volume attach v --node n9", "there is no node n9");
     refused("volume attach w --node n1", "there is no volume w");
     run(&mut cluster.ctl.command("volume attach v --node n1"));
@@ -187,5 +192,7 @@ fn a_node_that_is_told_to_end_keeps_nobody_waiting() {
     }
     let (median, longest) = median_and_longest(pauses);
     assert!(longest < Duration::from_secs(2), "{longest:?}: until its leave to read has lapsed takes 3 s");
-    print_figure(&format!("a node ends: another serves after {median:.1?} in the median, {longest:.1?} at most"));
+    print_figure(&format!(
+        "a node ends: another serves after {median:.1?} in the median, {longest:.1?} at most"
+    ));
 }

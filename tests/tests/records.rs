@@ -196,8 +196,13 @@ fn hostile_requests_are_refused_by_name_and_hurt_nobody() {
             ("n9".to_owned(), "", "peer_address: \"\" is not an address"),
             ("n9".to_owned(), "unix:/x", "peer_address: \"unix:/x\" is not an address"),
         ] {
-            let request =
-                JoinRequest { name, boot: 0, nbd_address: String::new(), peer_address: peer.to_owned() };
+            let request = JoinRequest {
+                name,
+                boot: 0,
+                nbd_address: String::new(),
+                peer_address: peer.to_owned(),
+                facts: None,
+            };
             let status = client.join(request).await.expect_err(text);
             assert!(status.code() == Code::InvalidArgument && status.message().contains(text), "{status:?}");
         }
@@ -220,7 +225,7 @@ fn the_commands_do_what_they_say_and_say_what_to_do() {
     let _nodes = ["n1", "n2", "n3"].map(|name| Node::join(&ctl.url(), name));
     let list = text("node list");
     assert!(
-        list.starts_with("NAME  NUMBER  PEER") && list.contains("\nn2    2       127.0.0.1:7441  -\n"),
+        list.starts_with("NAME  STATE      ZONE") && list.contains("\nn2    connected  -     0 "),
         "{list}"
     );
     assert!(text("volume list").contains("make one with `berth volume create NAME"));

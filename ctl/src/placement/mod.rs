@@ -15,6 +15,7 @@
 //! one could take it. Only the task's node is taken before all others. Where no replica is placed yet this
 //! costs no spread.
 
+mod census;
 mod error;
 mod model;
 mod rebalance;
@@ -28,6 +29,7 @@ use std::collections::BTreeMap;
 use datapath::record::NodeId;
 use datapath::units::BLOCK_BYTES_U64;
 
+pub use self::census::{census, size_bytes};
 pub use self::error::{NotEnough, RefusedNode};
 pub use self::model::{Health, Model, Node, Request};
 pub use self::rebalance::{DEAD_BAND_PERCENT, Move, Volume, rebalance};

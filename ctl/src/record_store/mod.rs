@@ -11,7 +11,7 @@ mod suite;
 use std::fmt;
 
 use datapath::record::{NodeId, Record, VolumeNumber};
-use nbd_server::control::convert::{MessageError, NodeAddress, PassHistory};
+use nbd_server::control::convert::{MessageError, NodeFacts, NodeInfo, PassHistory};
 use nbd_server::node_name::NodeName;
 use nbd_server::volume_name::VolumeName;
 use thiserror::Error;
@@ -29,6 +29,8 @@ pub struct Joining {
     pub nbd: Option<String>,
     /// Where other nodes come in, as `HOST:PORT`.
     pub peer: String,
+    /// What placement goes by.
+    pub facts: NodeFacts,
 }
 
 /// A volume to be made. The store gives it a number.
@@ -54,7 +56,7 @@ pub enum Change {
     /// A volume was deleted.
     Gone(VolumeNumber),
     /// All nodes, by number, because one is new or has changed.
-    Nodes(Vec<NodeAddress>),
+    Nodes(Vec<NodeInfo>),
 }
 
 /// Is told of changes, in the order in which they happened. It must not call the store.
@@ -196,13 +198,13 @@ pub trait RecordStore: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`StoreError::Full`], or the store's.
-    fn join(&self, joining: &Joining) -> Result<NodeAddress, StoreError>;
+    fn join(&self, joining: &Joining) -> Result<NodeInfo, StoreError>;
 
     /// All nodes, by number.
     ///
     /// # Errors
     /// The store's.
-    fn nodes(&self) -> Result<Vec<NodeAddress>, StoreError>;
+    fn nodes(&self) -> Result<Vec<NodeInfo>, StoreError>;
 
     /// Tells the listener the nodes and all records, and from then on every change, whoever made it. There is one
     /// listener; a later one replaces it.

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use datapath::record::{NodeId, Record, VolumeNumber};
 use nbd_server::control::convert::{
-    NodeAddress, PassHistory, history_from_message, history_to_message, node_from_message, node_to_message,
+    NodeInfo, PassHistory, history_from_message, history_to_message, node_from_message, node_to_message,
     record_from_message, record_to_message,
 };
 use nbd_server::control::limits::{NODES_MAX, VOLUMES_MAX};
@@ -282,7 +282,7 @@ impl RecordStore for RedbStore {
         write.commit().map_err(backend)
     }
 
-    fn join(&self, joining: &Joining) -> Result<NodeAddress, StoreError> {
+    fn join(&self, joining: &Joining) -> Result<NodeInfo, StoreError> {
         let listener = self.lock();
         let write = self.begin()?;
         let (node, all) = {
@@ -296,8 +296,8 @@ impl RecordStore for RedbStore {
                     next_number(&write, "node")?
                 }
             };
-            let Joining { name, boot, nbd, peer } = joining.clone();
-            let node = NodeAddress { node: NodeId(number), name, boot, nbd, peer };
+            let Joining { name, boot, nbd, peer, facts } = joining.clone();
+            let node = NodeInfo { node: NodeId(number), name, boot, nbd, peer, facts };
             let message = node_to_message(&node).encode_to_vec();
             // A node that joins again after a lost connection is no change, and costs no sync.
             let same =
@@ -313,7 +313,7 @@ impl RecordStore for RedbStore {
         Ok(node)
     }
 
-    fn nodes(&self) -> Result<Vec<NodeAddress>, StoreError> {
+    fn nodes(&self) -> Result<Vec<NodeInfo>, StoreError> {
         let read = self.database.begin_read().map_err(backend)?;
         read_nodes(&read.open_table(NODES).map_err(backend)?)
     }
@@ -392,7 +392,7 @@ fn decode_record(number: u32, bytes: &[u8]) -> Result<Record, StoreError> {
     Ok(record)
 }
 
-fn read_nodes(nodes: &impl ReadableTable<u32, &'static [u8]>) -> Result<Vec<NodeAddress>, StoreError> {
+fn read_nodes(nodes: &impl ReadableTable<u32, &'static [u8]>) -> Result<Vec<NodeInfo>, StoreError> {
     let entries = nodes.iter().map_err(backend)?;
     entries
         .map(|entry| {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use datapath::record::{EpochEnd, HeadSession, NodeId, Record, StaleReplica, VolumeNumber};
-use nbd_server::control::convert::{MessageError, NodeAddress, PassHistory};
+use nbd_server::control::convert::{MessageError, NodeFacts, NodeInfo, PassHistory};
 
 use super::rules::RuleError;
 use super::{Change, Joining, NewVolume, RecordStore, StoreError, VolumeKey};
@@ -37,7 +37,8 @@ pub(super) use suite;
 
 pub(super) fn joining(name: &str) -> Joining {
     let name = name.parse().expect("a name");
-    Joining { name, boot: 1, nbd: None, peer: "10.0.0.1:7441".to_owned() }
+    let facts = NodeFacts { capacity_bytes: 1 << 30, ..NodeFacts::default() };
+    Joining { name, boot: 1, nbd: None, peer: "10.0.0.1:7441".to_owned(), facts }
 }
 
 pub(super) fn wish(name: &str, on: &[&str]) -> NewVolume {
@@ -284,11 +285,13 @@ pub(super) fn a_name_keeps_its_node_number(store: &dyn RecordStore) {
         boot: 2,
         nbd: Some("10.0.0.2:10809".to_owned()),
         peer: "10.0.0.2:7441".to_owned(),
+        facts: NodeFacts { capacity_bytes: 2 << 30, ..NodeFacts::default() },
         ..joining("n1")
     };
     let moved = store.join(&moved).expect("joined");
+    assert_eq!(moved.facts.capacity_bytes, 2 << 30);
     assert_eq!((moved.node, moved.boot, &*moved.peer), (NodeId(1), 2, "10.0.0.2:7441"));
-    let all: Vec<NodeAddress> = store.nodes().expect("a list");
+    let all: Vec<NodeInfo> = store.nodes().expect("a list");
     assert_eq!((all.len(), &all[0], all[1].name.as_str()), (2, &moved, "n2"));
 }
 

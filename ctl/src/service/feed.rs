@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use datapath::record::{NodeId, Record, VolumeNumber};
-use nbd_server::control::convert::NodeAddress;
+use nbd_server::control::convert::NodeInfo;
 use tokio::sync::watch;
 
 use crate::record_store::Change;
@@ -31,7 +31,7 @@ const CLOSED: u64 = u64::MAX;
 struct State {
     revision: u64,
     nodes_revision: u64,
-    nodes: Arc<Vec<NodeAddress>>,
+    nodes: Arc<Vec<NodeInfo>>,
     /// With the revision of its last change.
     records: BTreeMap<VolumeNumber, (u64, Arc<Record>)>,
     /// Volumes, deleted ones too, by the revision of their last change.
@@ -60,7 +60,7 @@ pub enum News {
     /// A volume that was told is gone.
     Gone(VolumeNumber),
     /// All nodes.
-    Nodes(Arc<Vec<NodeAddress>>),
+    Nodes(Arc<Vec<NodeInfo>>),
 }
 
 /// Why a watcher is told no more.

@@ -3,6 +3,7 @@
 mod attach;
 pub mod feed;
 mod passes;
+mod placing;
 mod replicas;
 pub mod server;
 
@@ -11,21 +12,21 @@ use std::sync::Arc;
 use datapath::record::{NodeId, Record, VolumeNumber};
 use datapath::replica::check::{CheckReport, PassState};
 use nbd_server::control::convert::{
-    MessageError, PassHistory, address, check_from_message, check_to_message, history_to_message,
-    node_to_message, optional_address, record_from_message, record_to_message, size_from_number,
+    MessageError, PassHistory, address, check_from_message, check_to_message, facts_from_message,
+    history_to_message, node_to_message, optional_address, record_from_message, record_to_message,
     volume_from_number,
 };
-use nbd_server::control::limits::{PAGE_RECORDS_MAX, REPLICAS_MAX, VERIFY_SILENCE_MAX};
+use nbd_server::control::limits::{PAGE_RECORDS_MAX, VERIFY_SILENCE_MAX};
 use nbd_server::control::proto::{
     self, compare_and_swap_reply, control_server, get_volume_request, watch_event,
 };
-use nbd_server::random::{random_bytes, random_number};
+use nbd_server::random::random_number;
 use nbd_server::volume_name::VolumeName;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::record_store::{Joining, NewVolume, RecordStore, StoreError, VolumeKey};
+use crate::record_store::{Joining, RecordStore, StoreError, VolumeKey};
 use feed::{Cursor, Feed, FeedEnd, News};
 use passes::{Passes, Wish};
 use replicas::Absences;
@@ -43,6 +44,9 @@ pub struct ControlService {
     watchers: Arc<tokio::sync::Semaphore>,
     passes: Arc<Passes>,
     absences: Arc<Absences>,
+    /// Held while nodes are chosen and given something.
+    placing: Arc<tokio::sync::Mutex<()>>,
+    overcommit_percent: u32,
 }
 
 impl ControlService {
@@ -55,7 +59,21 @@ impl ControlService {
         let follower = Arc::clone(&feed);
         store.follow(Box::new(move |change| follower.apply(change)))?;
         let watchers = Arc::new(tokio::sync::Semaphore::new(WATCHERS_MAX));
-        Ok(ControlService { store, feed, watchers, passes: Arc::default(), absences: Arc::default() })
+        Ok(ControlService {
+            store,
+            feed,
+            watchers,
+            passes: Arc::default(),
+            absences: Arc::default(),
+            placing: Arc::default(),
+            overcommit_percent: 100,
+        })
+    }
+
+    /// Volumes may come to so many percent of what their nodes can hold.
+    #[must_use]
+    pub fn with_overcommit(self, percent: u32) -> ControlService {
+        ControlService { overcommit_percent: percent, ..self }
     }
 
     /// Ends all watches.
@@ -129,6 +147,7 @@ impl control_server::Control for ControlService {
             boot: message.boot,
             nbd: optional_address("nbd_address", message.nbd_address).map_err(invalid)?,
             peer: address("peer_address", message.peer_address).map_err(invalid)?,
+            facts: facts_from_message(message.facts).map_err(invalid)?,
         };
         let node = self.call(move |store| store.join(&joining)).await?;
         tracing::info!(node = %node.name, number = node.node.0, peer = node.peer, "node joined");
@@ -174,26 +193,7 @@ impl control_server::Control for ControlService {
         &self,
         request: Request<proto::CreateVolumeRequest>,
     ) -> Result<Response<proto::VolumeReply>, Status> {
-        let message = request.into_inner();
-        let replicas = message.on.len();
-        if replicas > REPLICAS_MAX {
-            return Err(status_of(&StoreError::Replicas(replicas)));
-        }
-        let on: Result<_, nbd_server::node_name::NodeNameError> =
-            message.on.iter().map(|name| name.parse()).collect();
-        let volume = NewVolume {
-            name: message
-                .name
-                .parse()
-                .map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?,
-            lineage: random_bytes().map_err(|error| Status::internal(error.to_string()))?,
-            size_blocks: size_from_number(message.size_blocks).map_err(invalid)?,
-            on: on.map_err(invalid)?,
-            min_in_sync: (message.min_in_sync != 0).then_some(message.min_in_sync),
-        };
-        let record = self.call(move |store| store.create(&volume)).await?;
-        tracing::info!(volume = record.name, number = record.volume.0, "volume created");
-        Ok(volume_reply(&record))
+        self.create(request.into_inner()).await
     }
 
     async fn get_volume(
@@ -280,8 +280,7 @@ impl control_server::Control for ControlService {
         &self,
         _: Request<proto::ListNodesRequest>,
     ) -> Result<Response<proto::ListNodesReply>, Status> {
-        let nodes = self.call(|store| store.nodes()).await?;
-        Ok(Response::new(proto::ListNodesReply { nodes: nodes.iter().map(node_to_message).collect() }))
+        Ok(Response::new(self.nodes_and_states().await?))
     }
 
     type VerifyVolumeStream = ReceiverStream<Result<proto::CheckReport, Status>>;

@@ -139,8 +139,9 @@ impl ControlService {
     async fn heal_once(&self, grace: Duration) -> Result<(), Status> {
         let nodes = self.call(|store| store.nodes()).await?;
         let known: Vec<NodeId> = nodes.iter().map(|node| node.node).collect();
+        let _one_at_a_time = self.placing.lock().await;
         let presence = self.absences.look(&known, &self.passes.connected(), Instant::now());
-        let steps = heal::steps(&self.feed.records(), &presence, grace);
+        let steps = heal::steps(&self.feed.records(), self.model(&nodes), &presence, grace);
         for decision in steps {
             let step = decision.step;
             let (Step::Add(volume, node) | Step::Remove(volume, node)) = step;

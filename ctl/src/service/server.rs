@@ -37,6 +37,8 @@ pub struct CtlConfig {
     pub insecure: bool,
     /// A node that is not connected for so long is replaced; nothing: never.
     pub replace_after: Option<Duration>,
+    /// Volumes may come to so many percent of what their nodes can hold.
+    pub overcommit_percent: u32,
 }
 
 /// Why `berth ctl` ended.
@@ -98,7 +100,7 @@ pub fn run(config: &CtlConfig) -> Result<(), CtlError> {
     let address = listener.local_addr().map_err(process("read the address"))?;
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(process("listen"))?;
-        let service = ControlService::new(Arc::new(store))?;
+        let service = ControlService::new(Arc::new(store))?.with_overcommit(config.overcommit_percent);
         if let Some(grace) = config.replace_after {
             tokio::spawn(service.clone().heal_for_ever(grace));
         }
@@ -166,7 +168,13 @@ mod tests {
     use super::*;
 
     fn config(listen: &str, insecure: bool) -> CtlConfig {
-        CtlConfig { store: PathBuf::from("unused"), listen: listen.to_owned(), insecure, replace_after: None }
+        CtlConfig {
+            store: PathBuf::from("unused"),
+            listen: listen.to_owned(),
+            insecure,
+            replace_after: None,
+            overcommit_percent: 100,
+        }
     }
 
     #[test]

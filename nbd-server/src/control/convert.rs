@@ -2,13 +2,14 @@
 //! field, and refused with the name of the field.
 
 mod check;
+mod facts;
 
 use datapath::limits::VOLUME_BYTES_MAX;
 use datapath::record::{EpochEnd, HeadSession, NodeId, Record, StaleReplica, VolumeNumber};
 use datapath::units::BLOCK_BYTES_U64;
 use thiserror::Error;
 
-use super::limits::{ADDRESS_BYTES_MAX, EPOCH_ENDS_MAX, REPLICAS_MAX};
+use super::limits::{ADDRESS_BYTES_MAX, EPOCH_ENDS_MAX, LABELS_BYTES_MAX, REPLICAS_MAX};
 use super::proto;
 use crate::listener::ListenAddress;
 use crate::node_name::{NodeName, NodeNameError};
@@ -18,9 +19,11 @@ pub use check::{
     LastPass, PassHistory, check_from_message, check_to_message, history_from_message, history_to_message,
 };
 
-/// A node of the register, and where it is.
+pub use facts::{LABEL_BYTES_MAX, NodeFacts, facts_from_message, facts_to_message, label};
+
+/// A node of the register: where it is, and what it can hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeAddress {
+pub struct NodeInfo {
     /// Its number.
     pub node: NodeId,
     /// Its name.
@@ -31,6 +34,8 @@ pub struct NodeAddress {
     pub nbd: Option<String>,
     /// Where other nodes come in, as `HOST:PORT`.
     pub peer: String,
+    /// What placement goes by.
+    pub facts: NodeFacts,
 }
 
 /// What is wrong with a message.
@@ -99,6 +104,17 @@ pub enum MessageError {
     /// A replica cannot have been left out by a version that is still to come.
     #[error("stale: node {0} is left out since a version that is not there yet")]
     StaleAhead(u32),
+    /// Not a zone, a rack, a label's key or value.
+    #[error("{field}: {text:?} is not 1 to 63 of A-Z, a-z, 0-9, '.', '-', '_', '/' and '+'")]
+    Label {
+        /// Which text.
+        field: &'static str,
+        /// What was given, cut short.
+        text: String,
+    },
+    /// All nodes must fit into one message.
+    #[error("labels: {0} bytes, more than {LABELS_BYTES_MAX}")]
+    Labels(usize),
     /// Not an address.
     #[error("{field}: {text:?} is not an address; write HOST:PORT")]
     Address {
@@ -309,13 +325,14 @@ const SIZE_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES_U64;
 
 /// The message of a node.
 #[must_use]
-pub fn node_to_message(node: &NodeAddress) -> proto::Node {
+pub fn node_to_message(node: &NodeInfo) -> proto::Node {
     proto::Node {
         node: node.node.0,
         name: node.name.to_string(),
         boot: node.boot,
         nbd_address: node.nbd.clone().unwrap_or_default(),
         peer_address: node.peer.clone(),
+        facts: Some(facts_to_message(&node.facts)),
     }
 }
 
@@ -323,13 +340,14 @@ pub fn node_to_message(node: &NodeAddress) -> proto::Node {
 ///
 /// # Errors
 /// The first field that is wrong.
-pub fn node_from_message(message: proto::Node) -> Result<NodeAddress, MessageError> {
-    Ok(NodeAddress {
+pub fn node_from_message(message: proto::Node) -> Result<NodeInfo, MessageError> {
+    Ok(NodeInfo {
         node: node_from_number("node", message.node)?,
         name: message.name.parse()?,
         boot: message.boot,
         nbd: optional_address("nbd_address", message.nbd_address)?,
         peer: address("peer_address", message.peer_address)?,
+        facts: facts_from_message(message.facts)?,
     })
 }
 

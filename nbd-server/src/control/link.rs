@@ -14,7 +14,7 @@ use thiserror::Error;
 use tokio::sync::Notify;
 use tonic::transport::Endpoint;
 
-use super::convert::{MessageError, NodeAddress, address, optional_address};
+use super::convert::{MessageError, NodeFacts, NodeInfo, address, optional_address};
 use super::limits::{CONNECT_TIMEOUT, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
 use super::session::Session;
 use crate::node_name::NodeName;
@@ -35,6 +35,8 @@ pub struct LinkSettings {
     pub nbd: Option<String>,
     /// Where other nodes come in, as `HOST:PORT`.
     pub peer: String,
+    /// What placement goes by.
+    pub facts: NodeFacts,
     /// Wakes whoever waits for news.
     pub wake: Waker,
 }
@@ -71,7 +73,7 @@ pub enum News {
     /// The node has joined, once; its number stays.
     Joined(NodeId),
     /// All nodes: at first, and when one has changed.
-    Nodes(Vec<NodeAddress>),
+    Nodes(Vec<NodeInfo>),
     /// A record of a volume that this node has a replica or the head of. Versions of a volume never fall; a version is told
     /// twice only if it was asked for or a proposal had no effect. The version that takes the node out is the last one.
     Record(Box<Record>),

@@ -17,8 +17,8 @@ use tonic::{Code, Response, Status};
 
 use super::backoff::Backoff;
 use super::convert::{
-    MessageError, NodeAddress, check_to_message, node_from_message, node_from_number, record_from_message,
-    record_to_message, volume_from_number,
+    MessageError, NodeInfo, check_to_message, facts_to_message, node_from_message, node_from_number,
+    record_from_message, record_to_message, volume_from_number,
 };
 use super::limits::{CALL_TIMEOUT, REPLY_BYTES_MAX};
 use super::link::{Command, LinkSettings, News, Signal, Waker};
@@ -190,6 +190,7 @@ impl Session {
             boot: self.settings.boot,
             nbd_address: self.settings.nbd.clone().unwrap_or_default(),
             peer_address: self.settings.peer.clone(),
+            facts: Some(facts_to_message(&self.settings.facts)),
         };
         let reply = in_time(client.join(request)).await?;
         let node = node_from_number("node", reply.node)?;
@@ -389,7 +390,7 @@ struct Teller {
     wake: Waker,
     /// The version of each volume that was told last; [`GONE`] for one that is gone.
     told: BTreeMap<VolumeNumber, u64>,
-    nodes: Option<Vec<NodeAddress>>,
+    nodes: Option<Vec<NodeInfo>>,
     node: Option<NodeId>,
 }
 
@@ -418,7 +419,7 @@ impl Teller {
         }
     }
 
-    fn tell_nodes(&mut self, nodes: Vec<NodeAddress>) {
+    fn tell_nodes(&mut self, nodes: Vec<NodeInfo>) {
         if self.nodes.as_ref() != Some(&nodes) {
             self.nodes = Some(nodes.clone());
             self.tell(News::Nodes(nodes));

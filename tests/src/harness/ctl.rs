@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use datapath::record::{NodeId, Record, VolumeNumber};
+use nbd_server::control::convert::NodeFacts;
 use nbd_server::control::link::{ControlLink, LinkSettings, News};
 use nbd_server::random::random_number;
 
@@ -160,6 +161,7 @@ impl Node {
         let woken = Arc::new(AtomicU64::new(0));
         let count = Arc::clone(&woken);
         let settings = LinkSettings {
+            facts: NodeFacts::default(),
             ctl: url.to_owned(),
             name: name.parse().expect("a name"),
             boot: random_number().expect("a number"),

@@ -85,11 +85,11 @@ mod tests {
     }
 
     fn proposal(head: &mut Head) -> Option<Box<Record>> {
-        let found = effects(head).into_iter().filter_map(|effect| match effect {
+        let mut found = effects(head).into_iter().filter_map(|effect| match effect {
             HeadEffect::Propose(record) => Some(record),
             _ => None,
         });
-        found.last()
+        found.next_back()
     }
 
     /// Node 0 takes the volume of this record and has its epoch started; whether it serves yet depends on what was granted.

@@ -2,7 +2,7 @@
 
 use super::stream::StreamKind;
 use super::{Lane, WORKING_SEGMENTS};
-use crate::store::layout::SegmentIndex;
+use crate::store::layout::{Layout, SegmentIndex};
 
 impl Lane {
     /// Segments that the lane cannot do without: those that its live blocks would fill, with all that was promised, and those
@@ -19,6 +19,13 @@ impl Lane {
 
     pub(super) fn working_segments(&self) -> u32 {
         WORKING_SEGMENTS + self.pool_share.segments / 16
+    }
+
+    /// Blocks of all volumes that a pool of so many segments can hold, if volumes are in all of its lanes.
+    #[must_use]
+    pub fn capacity_blocks_of(layout: &Layout, segments: u32) -> u64 {
+        let working = layout.lanes * (WORKING_SEGMENTS + segments / 16);
+        u64::from(segments.saturating_sub(working)) * u64::from(layout.usable_blocks())
     }
 
     /// Does a change wait, for space or for memory?

@@ -97,38 +97,7 @@ pub(super) enum Fault {
 
 impl Swarm {
     pub(super) fn draw(random: &mut Random, options: ClusterOptions) -> Swarm {
-        let kinds = [
-            (Kind::Kill, 3),
-            (Kind::PowerCut, 3),
-            (Kind::PowerCutSeveral, 1),
-            (Kind::PowerCutAll, 1),
-            (Kind::CutLink, 3),
-            (Kind::Isolate, 2),
-            (Kind::BlockWay, 2),
-            (Kind::StoreAway, 1),
-            (Kind::Pause, 3),
-            (Kind::SlowDisk, 1),
-            (Kind::Move, 2),
-            (Kind::Split, 3),
-            (Kind::Attach, 2),
-            (Kind::Stop, 2),
-        ];
-        let mut likely = Vec::new();
-        for (kind, often) in kinds {
-            let gentle = match kind {
-                Kind::Kill | Kind::CutLink | Kind::Move | Kind::SlowDisk | Kind::Attach | Kind::Stop => true,
-                _ => false,
-            };
-            let drawn = random.percent(55);
-            let wanted = match options {
-                ClusterOptions { splits: true, .. } => kind == Kind::Split,
-                ClusterOptions { moves: true, .. } => kind == Kind::Attach || kind == Kind::Stop && drawn,
-                _ => drawn && (gentle || !options.rot),
-            };
-            if wanted && !options.peace {
-                likely.extend(std::iter::repeat_n(kind, often));
-            }
-        }
+        let mut likely = likely_kinds(random, options);
         // A stream of its own: seeds without it are what they would be if it did not exist.
         let mut disks = random.fork("disks", 0);
         let sound = options.peace || options.splits || options.moves;
@@ -197,6 +166,43 @@ impl Swarm {
             ..swarm
         }
     }
+}
+
+/// The kinds of faults that this run may meet, each as often as it weighs.
+fn likely_kinds(random: &mut Random, options: ClusterOptions) -> Vec<Kind> {
+    let kinds = [
+        (Kind::Kill, 3),
+        (Kind::PowerCut, 3),
+        (Kind::PowerCutSeveral, 1),
+        (Kind::PowerCutAll, 1),
+        (Kind::CutLink, 3),
+        (Kind::Isolate, 2),
+        (Kind::BlockWay, 2),
+        (Kind::StoreAway, 1),
+        (Kind::Pause, 3),
+        (Kind::SlowDisk, 1),
+        (Kind::Move, 2),
+        (Kind::Split, 3),
+        (Kind::Attach, 2),
+        (Kind::Stop, 2),
+    ];
+    let mut likely = Vec::new();
+    for (kind, often) in kinds {
+        let gentle = matches!(
+            kind,
+            Kind::Kill | Kind::CutLink | Kind::Move | Kind::SlowDisk | Kind::Attach | Kind::Stop
+        );
+        let drawn = random.percent(55);
+        let wanted = match options {
+            ClusterOptions { splits: true, .. } => kind == Kind::Split,
+            ClusterOptions { moves: true, .. } => kind == Kind::Attach || kind == Kind::Stop && drawn,
+            _ => drawn && (gentle || !options.rot),
+        };
+        if wanted && !options.peace {
+            likely.extend(std::iter::repeat_n(kind, often));
+        }
+    }
+    likely
 }
 
 impl World {

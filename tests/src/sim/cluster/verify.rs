@@ -185,7 +185,7 @@ impl World {
     pub(super) fn have_it_led(&mut self, volume: usize) {
         let asked = self.verifies.open.values().any(|open| open.volume == volume);
         let record = self.records.get(volume);
-        let head = record.attached.or(record.head.map(|head| head.node)).map(index);
+        let head = record.attached.or_else(|| record.head.map(|head| head.node)).map(index);
         if let Some(node) = head.filter(|_| !asked) {
             self.verify_at(volume, node);
         }

@@ -113,7 +113,8 @@ impl<M: Memory> Shard<M> {
     /// The process ends: heads let go. True when that is known to be so, or has taken too long.
     pub(super) fn have_heads_let_go(&mut self) -> bool {
         let now = self.now;
-        let until = *self.replication.last_releases_until.get_or_insert(now.after_ns(LAST_RELEASES_NS_MAX));
+        let until =
+            *self.replication.last_releases_until.get_or_insert_with(|| now.after_ns(LAST_RELEASES_NS_MAX));
         for index in 0..self.replication.replicas.len() {
             let head = &mut self.replication.replicas[index].head;
             head.release(now);
