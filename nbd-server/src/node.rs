@@ -149,17 +149,7 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     }
     let peer = Listener::bind(&settings.peer)?;
     let boot = random_number().map_err(process("draw a random number"))?;
-    let advertised = |listener: &Listener| {
-        let address = listener.tcp_address()?;
-        Some(settings.advertise.as_ref().map_or_else(
-            || address.to_string(),
-            |host| {
-                SocketAddr::to_string(&address)
-                    .rsplit_once(':')
-                    .map_or_else(String::new, |(_, port)| format!("{host}:{port}"))
-            },
-        ))
-    };
+    let advertised = |listener: &Listener| advertised(listener, settings.advertise.as_deref());
     let peer_address = advertised(&peer).ok_or(ServeError::PeerAddress)?;
     limit_undelivered(&peer.socket(), UNDELIVERED_MAX)
         .map_err(process("set up the socket for other nodes"))?;
@@ -214,6 +204,12 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     }
     shards.run(stops)?;
     Ok(())
+}
+
+/// Where others reach this listener, if it is a TCP one: at its own address, or at this host.
+fn advertised(listener: &Listener, host: Option<&str>) -> Option<String> {
+    let address = listener.tcp_address()?;
+    Some(host.map_or_else(|| address.to_string(), |host| format!("{host}:{}", address.port())))
 }
 
 /// What nodes tell each other is one shard's, so a node has one thread.
