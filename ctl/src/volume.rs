@@ -103,10 +103,13 @@ enum VolumeCommand {
         #[arg(long, value_name = "NODE")]
         node: NodeName,
     },
-    /// Delete a volume with all its data.
+    /// Delete a volume with all its data: nodes remove what they hold of it
     Delete {
         /// Its name.
         name: VolumeName,
+        /// Also if a node leads it, so that somebody may be using it.
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -237,8 +240,9 @@ pub(crate) fn run(arguments: &VolumeArguments) -> Result<bool, String> {
             let changed = ask(Request::RemoveReplica(request))?;
             print(output, &changed, || format!("volume {name}: the replica of node {node} is forgotten\n"))
         }
-        VolumeCommand::Delete { name } => {
-            let deleted = ask(Request::Delete(DeleteVolumeRequest { name: name.to_string() }))?;
+        VolumeCommand::Delete { name, force } => {
+            let deleted =
+                ask(Request::Delete(DeleteVolumeRequest { name: name.to_string(), force: *force }))?;
             print(output, &deleted, || format!("volume {name} is deleted\n"))
         }
     };

@@ -53,7 +53,7 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 22] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 23] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
     (
         "connections_abandoned",
@@ -97,6 +97,11 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 22] = [
         "fills_without_room",
         "Attempts to bring a replica back that ended because its pool had no room",
         |shard| shard.report.repairs.fills_without_room,
+    ),
+    (
+        "volumes_removed",
+        "Volumes whose data was removed because they have no replica here any more",
+        |shard| shard.report.volumes_removed,
     ),
     ("scrub_passes", "Passes over volumes led here that saw everything", |shard| shard.report.checks.passes),
     ("scrub_compared_blocks", "Blocks read at every replica in sync and compared", |shard| {

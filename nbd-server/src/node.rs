@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
@@ -171,6 +171,8 @@ pub fn run_node(settings: &NodeSettings) -> Result<(), ServeError> {
     })?);
     let news = link.news().clone();
     let Some(node) = wait_to_join(&news, &settings.ctl, &stops) else { return Ok(()) };
+    // What has no replica here any more is nobody's news.
+    pool.volumes().for_each(|volume| link.send(Command::Read(volume)));
     let config = NodeConfig { node, boot, steals: false };
     let mut shards = build_shards(vec![pool], &[file.length_bytes()], &[], &lanes, cpus.len(), Some(config))?;
     let scrub_ns = u64::try_from(settings.scrub_period.as_nanos()).unwrap_or(u64::MAX);
@@ -267,7 +269,11 @@ fn start_courier(
                     tracing::info!(volume = volume.0, "somebody wants a volume verified");
                     post(&mailbox, Message::Verify { volume, verify });
                 }
-                News::Gone(volume) => tracing::warn!(volume = volume.0, "there is no such volume any more"),
+                News::Gone(volume) => tracing::warn!(volume = volume.0, "there is no record of this volume"),
+                News::Deleted { volume, lineage } => {
+                    tracing::info!(volume = volume.0, "deleted: what is left of it is removed");
+                    post(&mailbox, Message::Deleted { volume, lineage });
+                }
             }
         }
     })?;

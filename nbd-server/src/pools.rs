@@ -9,6 +9,7 @@ use datapath::limits::VOLUME_BYTES_MAX;
 use datapath::memory::Pages;
 use datapath::reactor::pool_file::{PoolFile, PoolFileError};
 use datapath::reactor::{Arena, ArenaLayout};
+use datapath::record::VolumeNumber;
 use datapath::store::bugs::Bugs;
 use datapath::store::checkpoint_body::VolumeRecord;
 use datapath::store::format::format_writes;
@@ -199,6 +200,11 @@ pub fn recover_pool(pool: &PoolFile, settings: &LaneSettings) -> Result<Recovere
 }
 
 impl RecoveredPool {
+    /// Numbers of the volumes in it.
+    pub fn volumes(&self) -> impl Iterator<Item = VolumeNumber> + '_ {
+        self.lanes.iter().flat_map(|lane| &lane.volumes).map(|volume| VolumeNumber(volume.number))
+    }
+
     /// Bytes that volumes may use in it, if it has this length.
     #[must_use]
     pub fn capacity_bytes(&self, length_bytes: u64) -> u64 {

@@ -124,6 +124,9 @@ fn who_holds_a_volume_is_named_to_whoever_else_wants_it() {
     let start = Instant::now();
     Probe::new(&cluster.nodes[0], "v").write();
     assert!(start.elapsed() < Duration::from_secs(2), "the head that had it had let go");
+    refused("volume delete v", "volume v is led by node n1 and may be in use there");
+    run(&mut cluster.ctl.command("volume attach v --node n1"));
+    run(&mut cluster.ctl.command("volume detach v"));
     run(&mut cluster.ctl.command("volume delete v"));
 }
 

@@ -176,7 +176,13 @@ pub trait RecordStore: fmt::Debug + Send + Sync {
     /// What is wrong with the wish, or the store's.
     fn create(&self, volume: &NewVolume) -> Result<Record, StoreError>;
 
-    /// Forgets the volume, which is attached nowhere. Returns its last record.
+    /// The lineage of a volume with this number that was [deleted](Self::delete).
+    ///
+    /// # Errors
+    /// The store's.
+    fn deleted(&self, volume: VolumeNumber) -> Result<Option<[u8; 16]>, StoreError>;
+
+    /// Forgets the volume, which is attached nowhere, but for its number and lineage. Returns its last record.
     ///
     /// # Errors
     /// [`StoreError::NoVolume`], [`StoreError::Attached`], or the store's.

@@ -35,6 +35,7 @@ use super::{Change, DamageError, Joining, Listener, NewVolume, RecordStore, Stor
 
 const VOLUMES: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("volumes");
 const VOLUME_NAMES: TableDefinition<'_, &str, u32> = TableDefinition::new("volume_names");
+const DELETED: TableDefinition<'_, u32, &[u8; 16]> = TableDefinition::new("deleted");
 const PASSES: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("passes");
 const NODES: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("nodes");
 const NODE_NAMES: TableDefinition<'_, &str, u32> = TableDefinition::new("node_names");
@@ -130,6 +131,7 @@ impl RedbStore {
             write.open_table(VOLUMES).map_err(backend)?;
             write.open_table(VOLUME_NAMES).map_err(backend)?;
             write.open_table(PASSES).map_err(backend)?;
+            write.open_table(DELETED).map_err(backend)?;
             write.open_table(NODES).map_err(backend)?;
             write.open_table(NODE_NAMES).map_err(backend)?;
             write.commit().map_err(backend)?;
@@ -239,6 +241,12 @@ impl RecordStore for RedbStore {
         Ok(record)
     }
 
+    fn deleted(&self, volume: VolumeNumber) -> Result<Option<[u8; 16]>, StoreError> {
+        let read = self.database.begin_read().map_err(backend)?;
+        let deleted = read.open_table(DELETED).map_err(backend)?;
+        Ok(deleted.get(volume.0).map_err(backend)?.map(|lineage| *lineage.value()))
+    }
+
     fn delete(&self, key: &VolumeKey) -> Result<Record, StoreError> {
         let listener = self.lock();
         let write = self.begin()?;
@@ -252,6 +260,8 @@ impl RecordStore for RedbStore {
             names.remove(record.name.as_str()).map_err(backend)?;
             volumes.remove(record.volume.0).map_err(backend)?;
             write.open_table(PASSES).map_err(backend)?.remove(record.volume.0).map_err(backend)?;
+            let mut deleted = write.open_table(DELETED).map_err(backend)?;
+            deleted.insert(record.volume.0, &record.lineage).map_err(backend)?;
             record
         };
         Self::commit(write, &listener, || Change::Gone(record.volume))?;

@@ -85,7 +85,9 @@ pub(super) fn a_volume_is_created_found_listed_and_deleted(store: &dyn RecordSto
     assert_eq!(list(0, 9), [made.clone(), other.clone()]);
     assert_eq!((list(0, 1), list(1, 9)), (vec![made.clone()], vec![other.clone()]));
     assert!(list(2, 9).is_empty() && list(u32::MAX, 9).is_empty());
+    assert_eq!(store.deleted(made.volume).expect("read"), None);
     assert_eq!(store.delete(&name("v")).expect("deleted"), made);
+    assert_eq!(store.deleted(made.volume).expect("read"), Some(made.lineage));
     for key in [name("v"), number(&made)] {
         assert!(matches!(store.get(&key), Err(StoreError::NoVolume(_))));
         assert!(matches!(store.delete(&key), Err(StoreError::NoVolume(_))));

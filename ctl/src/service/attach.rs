@@ -125,7 +125,7 @@ impl ControlService {
         }
     }
 
-    async fn name_of(&self, node: NodeId) -> String {
+    pub(super) async fn name_of(&self, node: NodeId) -> String {
         let nodes = self.call(|store| store.nodes()).await.unwrap_or_default();
         let known = nodes.into_iter().find(|known| known.node == node);
         known.map_or_else(|| format!("number {}", node.0), |known| known.name.to_string())

@@ -1,6 +1,7 @@
 //! `berth.v1.Control` over a record store.
 
 mod attach;
+mod deleting;
 pub mod feed;
 mod passes;
 mod placing;
@@ -239,13 +240,14 @@ impl control_server::Control for ControlService {
         &self,
         request: Request<proto::DeleteVolumeRequest>,
     ) -> Result<Response<proto::VolumeReply>, Status> {
-        let name = request.into_inner().name;
-        let key = VolumeKey::Name(
-            name.parse().map_err(|error: nbd_server::volume_name::VolumeNameError| invalid(error))?,
-        );
-        let record = self.call(move |store| store.delete(&key)).await?;
-        tracing::info!(volume = record.name, number = record.volume.0, "volume deleted");
-        Ok(volume_reply(&record))
+        self.delete(request.into_inner()).await
+    }
+
+    async fn get_deleted(
+        &self,
+        request: Request<proto::GetDeletedRequest>,
+    ) -> Result<Response<proto::GetDeletedReply>, Status> {
+        self.deleted(request.into_inner()).await
     }
 
     async fn add_replica(

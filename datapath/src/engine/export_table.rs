@@ -29,6 +29,38 @@ impl ExportTable {
         index
     }
 
+    /// The same for a volume of a cluster. Names are unique there: an export that has this one is of a volume that is no more,
+    /// and is not found from now on.
+    pub(super) fn add_newest(&mut self, name: String, size_bytes: u64, read_only: bool) -> ExportIndex {
+        self.withdraw_name(&name);
+        self.add(name, size_bytes, read_only)
+    }
+
+    fn withdraw_name(&mut self, name: &str) {
+        if let Ok(position) = self.position(name) {
+            self.by_name.remove(position);
+        }
+    }
+
+    /// Nobody finds the export any more. Its index can be [given to another](Self::replace).
+    pub(super) fn withdraw(&mut self, index: ExportIndex) {
+        self.by_name.retain(|other| *other != index.0 as usize);
+    }
+
+    /// A withdrawn export's index is another one's from now on, which is added like [the newest](Self::add_newest).
+    ///
+    /// # Panics
+    /// If the export was not withdrawn.
+    pub(super) fn replace(&mut self, index: ExportIndex, name: String, size_bytes: u64) {
+        let at = index.0 as usize;
+        assert!(!self.by_name.contains(&at), "export {at} is in use");
+        self.withdraw_name(&name);
+        let position = self.position(&name).expect_err("names are unique");
+        self.by_name.insert(position, at);
+        let export = &mut self.exports[at];
+        (export.name, export.size_bytes, export.refusal) = (name, size_bytes, None);
+    }
+
     /// Says why an export cannot be chosen now, or that it can.
     pub(super) fn set_refusal(&mut self, index: ExportIndex, refusal: Option<String>) {
         self.exports[index.0 as usize].refusal = refusal;
@@ -42,8 +74,8 @@ impl ExportTable {
 impl Exports for ExportTable {
     fn find(&self, name: &str) -> Option<&Export> {
         // Clients that name no export mean the only one there is.
-        if name.is_empty() && self.exports.len() == 1 {
-            return self.exports.first();
+        if let (true, [only]) = (name.is_empty(), self.by_name.as_slice()) {
+            return Some(&self.exports[*only]);
         }
         self.position(name).ok().map(|position| &self.exports[self.by_name[position]])
     }
@@ -68,5 +100,15 @@ mod tests {
         let listed: Vec<_> =
             (0..).map_while(|position| table.nth(position)).map(|export| export.index).collect();
         assert_eq!(listed, [a, b]);
+        table.withdraw(b);
+        assert_eq!((table.find("b"), table.find("").map(|export| export.index)), (None, Some(a)));
+        table.replace(b, "0".into(), 7);
+        let listed: Vec<_> = (0..).map_while(|position| table.nth(position)).collect();
+        assert_eq!(listed.iter().map(|export| export.index).collect::<Vec<_>>(), [b, a]);
+        assert_eq!(table.find("0").map(|export| export.size_bytes), Some(7));
+        let c = table.add_newest("a".into(), 3, false);
+        assert_eq!(table.find("a").map(|export| export.index), Some(c), "the newest of this name");
+        table.withdraw(a);
+        assert_eq!(table.find("a").map(|export| export.index), Some(c), "the older one had gone already");
     }
 }

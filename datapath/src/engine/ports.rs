@@ -153,6 +153,13 @@ pub enum Event {
     },
     /// The record of a volume, as it was read from the record store just now, or the store's answer to a proposal.
     Record(Box<Record>),
+    /// The record store knows that the volume with this number and lineage was deleted.
+    Deleted {
+        /// Its number.
+        volume: VolumeNumber,
+        /// Its lineage.
+        lineage: [u8; 16],
+    },
     /// Somebody wants all replicas in sync of a volume compared. [`Engine::poll_check_report`] tells what comes of it.
     Verify {
         /// Which volume.

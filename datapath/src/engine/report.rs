@@ -128,6 +128,8 @@ pub struct ShardReport {
     pub handshakes_timed_out: u64,
     /// For replicated volumes.
     pub repairs: RepairReport,
+    /// Volumes that lanes have taken out, because they have no replica here any more.
+    pub volumes_removed: u64,
     /// The same: what comparing replicas has found.
     pub checks: CheckCounters,
     /// Connections closed because others waited for memory that they held and their clients did nothing about.

@@ -390,6 +390,7 @@ impl Engine for EchoEngine {
             | Event::PeerConnected { .. }
             | Event::PeerUnreachable { .. }
             | Event::Record(_)
+            | Event::Deleted { .. }
             | Event::Verify { .. } => panic!("an echo has no peers"),
             Event::Told { .. } | Event::Adopted { .. } => panic!("echoes do not talk to each other"),
         }

@@ -63,6 +63,13 @@ pub enum Message<R> {
     },
     /// The record of a volume, as it is in the record store.
     Record(Box<Record>),
+    /// The volume with this number and lineage was deleted.
+    Deleted {
+        /// Its number.
+        volume: VolumeNumber,
+        /// Its lineage.
+        lineage: [u8; 16],
+    },
     /// Compare all replicas in sync of a volume.
     Verify {
         /// Which volume.

@@ -541,6 +541,9 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Message::Moved(arrived) => self.adopt(*arrived),
             Message::Gone { connection } => self.connection_gone(connection),
             Message::Record(record) => self.pending.push_back(Event::Record(record)),
+            Message::Deleted { volume, lineage } => {
+                self.pending.push_back(Event::Deleted { volume, lineage });
+            }
             Message::Verify { volume, verify } => {
                 self.pending.push_back(Event::Verify { volume, verify });
             }

@@ -97,6 +97,11 @@ impl VolumeRecord {
         self.let_go(segments, |kept| kept.through <= sequence);
     }
 
+    /// Nobody needs anything of the log for it any more.
+    pub(super) fn keep_nothing(&mut self, segments: &mut SegmentTable) {
+        self.let_go(segments, |_| true);
+    }
+
     fn let_go(&mut self, segments: &mut SegmentTable, which: impl Fn(&KeptSegment) -> bool) {
         self.kept.retain(|kept| {
             let goes = which(kept);

@@ -396,6 +396,39 @@ impl Map {
         (frame.volume, frame.leaf)
     }
 
+    /// Does somebody need the leaf in memory?
+    #[must_use]
+    pub fn is_pinned(&self, index: FrameIndex) -> bool {
+        self.frames[index.0 as usize].pins > 0
+    }
+
+    /// Forgets a leaf that is in memory, there and on the device: all its blocks are holes that were never anything else.
+    ///
+    /// # Panics
+    /// If it is pinned, or a checkpoint has yet to write it.
+    pub fn drop_leaf(&mut self, volume: u32, leaf: u32) {
+        let slot = self.tables[volume as usize].slot_mut(leaf);
+        let LeafSlot { frame: index, sequence_max, .. } = std::mem::replace(slot, EMPTY_SLOT);
+        let frame = &mut self.frames[index.0 as usize];
+        let is_wanted = frame.pins > 0 || frame.frozen || frame.set_aside.is_some();
+        assert!(frame.loaded && !is_wanted, "leaf {leaf} of volume {volume} is in use");
+        self.recorded -= u32::from(sequence_max.max(frame.sequence_max) > 0);
+        self.dirty -= usize::from(std::mem::take(&mut frame.dirty));
+        frame.loaded = false;
+        self.unused.push(index);
+        self.in_use -= 1;
+    }
+
+    /// Forgets what is left of a volume without leaves: where there once was something.
+    ///
+    /// # Panics
+    /// If it has a leaf.
+    pub fn forget_volume(&mut self, volume: u32) {
+        let table = std::mem::take(&mut self.tables[volume as usize]);
+        assert!(table.next_present(0, u32::MAX).is_none(), "volume {volume} has leaves");
+        self.recorded -= u32::try_from(table.records().count()).expect("leaves fit 32 bits");
+    }
+
     /// Keeps the leaf in memory until the matching [`Self::unpin`].
     pub fn pin(&mut self, index: FrameIndex) {
         self.frames[index.0 as usize].pins += 1;

@@ -77,8 +77,15 @@ pub enum News {
     /// A record of a volume that this node has a replica or the head of. Versions of a volume never fall; a version is told
     /// twice only if it was asked for or a proposal had no effect. The version that takes the node out is the last one.
     Record(Box<Record>),
-    /// There is no such volume any more. Its number never comes back.
+    /// There is no record of the volume. Its number never comes back.
     Gone(VolumeNumber),
+    /// It was deleted: what is left of it may be removed.
+    Deleted {
+        /// Its number.
+        volume: VolumeNumber,
+        /// Its lineage.
+        lineage: [u8; 16],
+    },
     /// Somebody wants a volume verified.
     Verify {
         /// Which volume.

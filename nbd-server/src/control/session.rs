@@ -23,8 +23,8 @@ use super::convert::{
 use super::limits::{CALL_TIMEOUT, REPLY_BYTES_MAX};
 use super::link::{Command, LinkSettings, News, Signal, Waker};
 use super::proto::{
-    CompareAndSwapRequest, GetVolumeRequest, JoinRequest, ReportCheckRequest, WatchEvent, WatchRequest,
-    compare_and_swap_reply, control_client::ControlClient, get_volume_request, watch_event,
+    CompareAndSwapRequest, GetDeletedRequest, GetVolumeRequest, JoinRequest, ReportCheckRequest, WatchEvent,
+    WatchRequest, compare_and_swap_reply, control_client::ControlClient, get_volume_request, watch_event,
 };
 
 /// Calls at a time.
@@ -56,6 +56,10 @@ enum Outcome {
     Current(Record),
     /// There is no such volume.
     Gone,
+    /// Its lineage, if it is known to have been deleted.
+    Deleted(Option<[u8; 16]>),
+    /// Whether it was deleted is to be asked again.
+    NotSaid(Ended),
     /// A proposal broke a rule, or nobody knows what became of it.
     Unknown(Status),
     /// A read failed.
@@ -81,6 +85,8 @@ pub(super) struct Session {
     telling: BTreeMap<VolumeNumber, CheckReport>,
     /// To be read and told.
     owed: BTreeSet<VolumeNumber>,
+    /// Volumes without a record: were they deleted?
+    doubted: BTreeSet<VolumeNumber>,
     /// With a call under way: one at a time for each volume.
     busy: BTreeSet<VolumeNumber>,
     backoff: Backoff,
@@ -109,6 +115,7 @@ impl Session {
             reports: BTreeMap::new(),
             telling: BTreeMap::new(),
             owed: BTreeSet::new(),
+            doubted: BTreeSet::new(),
             busy: BTreeSet::new(),
             backoff,
         }
@@ -238,6 +245,13 @@ impl Session {
             calls.spawn(read(client.clone(), volume));
         }
         while calls.len() < CALLS_MAX
+            && let Some(volume) = self.doubted.iter().find(|volume| !self.busy.contains(volume)).copied()
+        {
+            self.doubted.remove(&volume);
+            self.busy.insert(volume);
+            calls.spawn(ask_whether_deleted(client.clone(), volume));
+        }
+        while calls.len() < CALLS_MAX
             && let Some(volume) = self.proposals.keys().find(|volume| !self.busy.contains(volume)).copied()
         {
             let record = self.proposals.remove(&volume).expect("just found");
@@ -266,7 +280,20 @@ impl Session {
             // If the watch was faster, the proposer knows already.
             Outcome::Swapped(record) => self.teller.tell_record(record, false),
             Outcome::Current(record) => self.teller.tell_record(record, true),
-            Outcome::Gone => self.teller.tell_gone(volume, true),
+            Outcome::Gone => {
+                self.teller.tell_gone(volume, true);
+                self.doubted.insert(volume);
+            }
+            Outcome::Deleted(lineage) => {
+                self.doubted.remove(&volume);
+                if let Some(lineage) = lineage {
+                    self.teller.tell(News::Deleted { volume, lineage });
+                }
+            }
+            Outcome::NotSaid(ended) => {
+                self.doubted.insert(volume);
+                return Err(ended);
+            }
             Outcome::Unknown(status) => {
                 let (code, error) = (status.code(), status.message());
                 tracing::warn!(volume = volume.0, %code, error, "a proposal was not carried out for sure");
@@ -295,7 +322,11 @@ impl Session {
                 }
                 self.teller.tell_record(record, false);
             }
-            watch_event::Event::Gone(volume) => self.teller.tell_gone(volume_from_number(volume)?, false),
+            watch_event::Event::Gone(volume) => {
+                let volume = volume_from_number(volume)?;
+                self.teller.tell_gone(volume, false);
+                self.doubted.insert(volume);
+            }
             watch_event::Event::Verify(wish) => {
                 let volume = volume_from_number(wish.volume)?;
                 self.teller.tell(News::Verify { volume, verify: wish.verify });
@@ -347,6 +378,21 @@ async fn read(mut client: Client, volume: VolumeNumber) -> (VolumeNumber, Outcom
             .map_or_else(|error| Outcome::Failed(error.into()), Outcome::Current),
         Err(status) if status.code() == Code::NotFound => Outcome::Gone,
         Err(status) => Outcome::Failed(status.into()),
+    };
+    (volume, outcome)
+}
+
+/// That ctl has no record of a volume may also mean that it has lost it, or is another cluster's.
+async fn ask_whether_deleted(mut client: Client, volume: VolumeNumber) -> (VolumeNumber, Outcome) {
+    let outcome = match in_time(client.get_deleted(GetDeletedRequest { volume: volume.0 })).await {
+        Ok(reply) => match <[u8; 16]>::try_from(reply.lineage.as_slice()) {
+            Ok(lineage) => Outcome::Deleted(Some(lineage)),
+            Err(_) => Outcome::NotSaid(MessageError::Missing("lineage").into()),
+        },
+        Err(status) if matches!(status.code(), Code::NotFound | Code::Unimplemented) => {
+            Outcome::Deleted(None)
+        }
+        Err(status) => Outcome::NotSaid(status.into()),
     };
     (volume, outcome)
 }

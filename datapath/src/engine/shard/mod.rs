@@ -488,6 +488,7 @@ impl<M: Memory> Engine for Shard<M> {
             Event::PeerConnected { node, connection } => self.link_connected(node, connection),
             Event::PeerUnreachable { node } => self.link_unreachable(node),
             Event::Record(record) => self.handle_record(*record),
+            Event::Deleted { volume, lineage } => self.handle_deletion(volume, lineage),
             Event::Verify { volume, verify } => self.begin_verify(volume, verify),
             Event::Timeout => {}
             Event::Drain => self.drain(),
@@ -591,6 +592,7 @@ impl<M: Memory> Engine for Shard<M> {
             connections_abandoned: self.connections_abandoned,
             handshakes_timed_out: self.handshakes_timed_out,
             repairs: self.replication.repairs,
+            volumes_removed: self.volumes_removed(),
             checks: self.replication.check_counters(),
             connections_put_out: self.hunger.put_out,
             receive_buffers_kept: self.buffers_kept,

@@ -45,7 +45,8 @@ struct Cut {
     settled: Vec<bool>,
     /// Segments that the cleaner had dealt with.
     cleaned: Vec<SegmentIndex>,
-    volumes: Vec<VolumeRecord>,
+    /// By their positions.
+    volumes: Vec<(u32, VolumeRecord)>,
     cursors: Vec<Cursor>,
     last_number: u64,
 }
@@ -109,6 +110,11 @@ impl Checkpointer {
         self.phase == Phase::Idle && !self.requested
     }
 
+    /// May what a checkpoint's body is made from change otherwise than by changes that are logged?
+    pub(super) fn is_between_checkpoints(&self) -> bool {
+        self.phase == Phase::Idle && self.first_done
+    }
+
     pub(super) fn first_is_done(&self) -> bool {
         self.first_done
     }
@@ -166,6 +172,7 @@ impl Lane {
     }
 
     fn cut(&mut self) {
+        let volumes = self.volumes_at_cut();
         let checkpointer = &mut self.checkpointer;
         checkpointer.requested = false;
         checkpointer.number += 1;
@@ -179,7 +186,7 @@ impl Lane {
         let may_go = |segment| self.segments.is_settled(segment) && !self.segments.is_kept(segment);
         cut.settled = self.segments.indices().map(may_go).collect();
         cut.cleaned = self.segments.cleaned_and_live();
-        cut.volumes = self.volumes.iter().map(|volume| volume.record.clone()).collect();
+        cut.volumes = volumes;
         cut.last_number = self.last_number;
         cut.cursors = self.streams[..LOGGED_STREAMS]
             .iter()
@@ -268,7 +275,7 @@ impl Lane {
     fn encode_body(&mut self) {
         let cut = &self.checkpointer.cut;
         let kept: BTreeSet<u32> =
-            cut.volumes.iter().flat_map(|volume| &volume.kept).map(|kept| kept.segment.0).collect();
+            cut.volumes.iter().flat_map(|(_, volume)| &volume.kept).map(|kept| kept.segment.0).collect();
         let listed: Vec<SegmentRecord> = (0..)
             .zip(&cut.live)
             .filter(|(index, live)| **live > 0 || kept.contains(index))
@@ -280,9 +287,9 @@ impl Lane {
             .collect();
         let count = |length: usize| u32::try_from(length).expect("volumes and segments fit 32 bits");
         let mut writer = BodyWriter::new(count(cut.volumes.len()), count(listed.len()));
-        for (volume, record) in (0..).zip(&cut.volumes) {
+        for (volume, record) in &cut.volumes {
             writer.volume(record);
-            self.map.table(volume).records().for_each(|leaf| writer.leaf(&leaf));
+            self.map.table(*volume).records().for_each(|leaf| writer.leaf(&leaf));
         }
         listed.iter().for_each(|segment| writer.segment(segment));
         self.checkpointer.body = writer.finish();
@@ -426,7 +433,10 @@ impl Lane {
             }
         }
         self.segments.note_stuck(&cut.cleaned);
-        self.volumes.iter_mut().zip(&cut.volumes).for_each(|(volume, record)| volume.note_lasting(record));
+        for (position, record) in &cut.volumes {
+            self.volumes[*position as usize].note_lasting(record);
+        }
+        self.end_removals();
         self.checkpointer.phase = Phase::Idle;
         self.checkpointer.first_done = true;
         self.counters.checkpoints += 1;

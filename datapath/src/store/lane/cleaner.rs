@@ -13,7 +13,7 @@
 
 use super::leaf::Waiter;
 use super::stream::{Record, StreamKind};
-use super::{Context, DiskEffect, Lane, Operation};
+use super::{Context, DiskEffect, Lane, Operation, Volume};
 use crate::checksum::crc32c;
 use crate::memory::Memory;
 use crate::store::batch::{Descriptor, Entry, EntryKind};
@@ -88,10 +88,10 @@ enum Progress {
 }
 
 impl Lane {
-    /// Does the cleaner have work that no device operation will wake it for?
+    /// Does the cleaner, or a removal, have work that no device operation will wake it for?
     #[must_use]
     pub fn wants_turn(&self) -> bool {
-        self.cleaner.interrupted && !self.failed
+        (self.cleaner.interrupted || self.sweep_goes_on) && !self.failed
     }
 
     /// Free segments now, and those that a checkpoint would free.
@@ -266,7 +266,8 @@ impl Lane {
     /// The position of a volume in this lane, by its number in the pool.
     #[must_use]
     pub fn volume_position(&self, number: u32) -> Option<u32> {
-        let position = self.volumes.iter().position(|volume| volume.record.number == number)?;
+        let is_it = |volume: &Volume| volume.record.number == number && volume.is_recorded();
+        let position = self.volumes.iter().position(is_it)?;
         u32::try_from(position).ok()
     }
 

@@ -18,6 +18,7 @@ pub(super) enum Waiter {
     Change(u32),
     Cookie(u32),
     Cleaner { volume: u32, leaf: u32 },
+    Removal { volume: u32, leaf: u32 },
 }
 
 /// Loads under way and wanted.
@@ -139,6 +140,7 @@ impl Lane {
             (Waiter::Cookie(cookie), true) => self.complete(cookie, Ok(())),
             (Waiter::Cookie(cookie), false) => self.complete(cookie, Err(RequestError::Io)),
             (Waiter::Cleaner { volume, leaf }, intact) => self.cleaner_leaf_came(volume, leaf, intact),
+            (Waiter::Removal { volume, leaf }, intact) => self.removal_leaf_came(volume, leaf, intact),
         }
     }
 

@@ -18,6 +18,7 @@ mod fetch;
 mod fill;
 mod leaf;
 mod read;
+mod removal;
 mod room;
 mod space;
 mod stamped;
@@ -47,6 +48,7 @@ use cleaner::Cleaner;
 use fetch::Fetch;
 use leaf::LeafLoads;
 use read::Read;
+use removal::Removal;
 use stamped::{Numbering, Order};
 use std::collections::VecDeque;
 use stream::{Stream, StreamKind};
@@ -243,6 +245,7 @@ pub struct Volume {
     numbered: Stamp,
     numbering: Numbering,
     order: Order,
+    removal: Option<Removal>,
 }
 
 enum Operation {
@@ -318,6 +321,9 @@ pub struct Lane {
     checkpointer: Checkpointer,
     cleaner: Cleaner,
     zeroing: Zeroing,
+    /// Volumes that are being taken out.
+    removals: u32,
+    sweep_goes_on: bool,
     /// A write or sync failed: what the device holds is uncertain, nothing more is written until a restart has
     /// verified the log.
     failed: bool,
@@ -403,6 +409,8 @@ impl Lane {
             checkpointer,
             cleaner,
             zeroing,
+            removals: 0,
+            sweep_goes_on: false,
             failed: false,
             record_vectors: Vec::new(),
             spare_mappings: Vec::new(),
@@ -436,7 +444,7 @@ impl Lane {
         self.counters
     }
 
-    /// The volumes, in the order in which requests name them.
+    /// The volumes, in the order in which requests name them, with those that are [being taken out](Volume::is_being_removed).
     #[must_use]
     pub fn volumes(&self) -> &[Volume] {
         &self.volumes
@@ -466,8 +474,12 @@ impl Lane {
     /// Adds a volume, or changes the size of the one with this number. It lasts from the next checkpoint on:
     /// [`Self::is_lasting`].
     pub fn put_volume(&mut self, record: VolumeRecord) {
-        if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.record.number == record.number) {
+        let is_it =
+            |volume: &&mut Volume| volume.record.number == record.number && !volume.is_being_removed();
+        if let Some(volume) = self.volumes.iter_mut().find(is_it) {
             volume.record.size_blocks = record.size_blocks;
+        } else if let Some(position) = self.vacant_position() {
+            self.volumes[position] = Volume::new(record);
         } else {
             self.map.add_volume(&[]);
             self.volumes.push(Volume::new(record));
@@ -537,6 +549,7 @@ impl Lane {
         self.refuse_hopeless(context);
         self.upkeep_zeroing();
         self.upkeep_cleaner(context);
+        self.upkeep_removals(context);
         self.upkeep_checkpoint(context);
         self.upkeep_sync();
         self.seal_gathered(context);
@@ -560,6 +573,7 @@ impl Lane {
         self.fail_streams(context);
         self.fail_changes(context);
         self.fail_syncs();
+        self.fail_removals();
     }
 }
 

@@ -91,7 +91,7 @@ impl Volume {
     pub(super) fn new(record: VolumeRecord) -> Volume {
         let (numbered, numbering) = (record.stamp(), Numbering::Undecided);
         let order = Order { taken: numbered, ..Order::default() };
-        Volume { record, numbered, numbering, order }
+        Volume { record, numbered, numbering, order, removal: None }
     }
 
     /// A volume as recovery found it. What it says counts once the first checkpoint is done.

@@ -443,6 +443,7 @@ impl Engine for Canary {
             | Event::PeerConnected { .. }
             | Event::PeerUnreachable { .. }
             | Event::Record(_)
+            | Event::Deleted { .. }
             | Event::Verify { .. } => unreachable!("the canary has no peers"),
             Event::Told { .. } | Event::Adopted { .. } => unreachable!("the canary has one thread"),
         }

@@ -23,6 +23,8 @@ pub(super) struct Checks {
     promised: Vec<Vec<u32>>,
     /// Volumes and epochs that have started.
     started: BTreeSet<(usize, u32)>,
+    /// By node: volumes that its lanes had taken out in this process.
+    removed: Vec<u64>,
 }
 
 impl Checks {
@@ -32,11 +34,13 @@ impl Checks {
             promised: vec![vec![0; volumes]; nodes],
             leads: BTreeMap::new(),
             started: BTreeSet::new(),
+            removed: vec![0; nodes],
         }
     }
 
     pub(super) fn forget_node(&mut self, node: usize) {
         self.committed[node].fill((0, 0));
+        self.removed[node] = 0;
     }
 
     /// The node promised on a disk that is no more.
@@ -53,6 +57,17 @@ impl World {
     pub(super) fn check_node(&mut self, node: usize) {
         let Some(life) = &self.nodes[node].life else { return };
         let mut started = Vec::new();
+        let removed = life.driver.engine().volumes_removed();
+        if std::mem::replace(&mut self.checks.removed[node], removed) != removed {
+            // What was promised for a replica that is no more binds nobody.
+            for volume in 0..self.volumes.len() {
+                let mut states = life.driver.engine().replicas();
+                let state = states.find(|state| position(state.record.volume) == volume);
+                if state.is_none_or(|state| state.promised.is_none()) {
+                    self.checks.promised[node][volume] = 0;
+                }
+            }
+        }
         for state in life.driver.engine().replicas() {
             let volume = position(state.record.volume);
             if let Some(promised) = state.promised {

@@ -448,6 +448,10 @@ impl World {
         if self.options.replacements && self.swarm.illness.is_none() && !self.is_whole() {
             return;
         }
+        // What rots may be a leaf, which keeps its volume.
+        if self.swarm.illness.is_none() && self.holds_too_much() {
+            return;
+        }
         if self.options.rot && !self.is_all_verified() {
             return;
         }
@@ -473,6 +477,17 @@ impl World {
         let lacking = (0..self.volumes.len()).find(|volume| !whole(self.records.get(*volume)));
         lacking.into_iter().for_each(|volume| self.have_it_led(volume));
         lacking.is_none()
+    }
+}
+
+impl World {
+    /// Does a node that lives hold what has no replica there any more?
+    fn holds_too_much(&self) -> bool {
+        let nodes = || self.nodes.iter().enumerate();
+        self.records.all().iter().any(|record| {
+            let replicas = record.replicas();
+            nodes().any(|(node, living)| living.holds(record.volume) && !replicas.contains(&id(node)))
+        })
     }
 }
 

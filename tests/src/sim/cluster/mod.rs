@@ -143,6 +143,8 @@ pub struct ClusterReport {
     pub admissions: u64,
     /// Replicas that were added or taken out.
     pub replacements: u64,
+    /// Volumes that lanes have taken out.
+    pub departures: u64,
     /// Times a volume was attached to a node, or to none.
     pub attachments: u64,
     /// Epochs whose heads let go of them.
@@ -206,6 +208,7 @@ impl ClusterReport {
         self.removals += other.removals;
         self.admissions += other.admissions;
         self.replacements += other.replacements;
+        self.departures += other.departures;
         self.attachments += other.attachments;
         self.releases += other.releases;
         self.timed_moves += other.timed_moves;
@@ -564,7 +567,8 @@ impl World {
         trace::note(self.moment(), "node starts: node, boot", [node as u64, self.nodes[node].boots, 0]);
         for volume in 0..self.volumes.len() {
             let record = self.records.get(volume).clone();
-            if record.replicas().contains(&id(node)) {
+            // A node asks about what it holds, too.
+            if record.replicas().contains(&id(node)) || self.nodes[node].holds(record.volume) {
                 self.send_news(node, record);
             }
         }
@@ -576,6 +580,7 @@ impl World {
         self.moves.disturb(self.now_ns);
         if self.nodes[node].life.is_some() {
             self.report.turns += self.nodes[node].report_turns();
+            self.report.departures += self.nodes[node].volumes_removed();
             self.report.no_space += self.nodes[node].report_no_space();
             if self.nodes[node].feigns_damage() {
                 self.verifies.note_feigned(self.now_ns);
@@ -634,6 +639,7 @@ impl World {
     fn finish(mut self) -> ClusterReport {
         for node in &self.nodes {
             self.report.turns += node.report_turns();
+            self.report.departures += node.volumes_removed();
             self.report.no_space += node.report_no_space();
             self.report.disk_errors += node.disk().counts.errors;
         }

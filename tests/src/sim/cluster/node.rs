@@ -6,7 +6,7 @@ use datapath::engine::pool_space::PoolSpace;
 use datapath::engine::ports::DeviceIndex;
 use datapath::engine::shard::{NodeConfig, Shard, ShardPool};
 use datapath::memory::Pages;
-use datapath::record::NodeId;
+use datapath::record::{NodeId, VolumeNumber};
 use datapath::replica::bugs::Bugs;
 use datapath::store::bugs::Bugs as StoreBugs;
 use datapath::store::format::format_writes;
@@ -343,6 +343,17 @@ impl Node {
     pub(super) fn report_no_space(&self) -> u64 {
         let lanes = self.life.iter().flat_map(|life| life.driver.engine().lanes());
         lanes.map(|lane| lane.counters().refused_no_space).sum()
+    }
+
+    /// Does one of its lanes hold the volume?
+    pub(super) fn holds(&self, volume: VolumeNumber) -> bool {
+        let mut lanes = self.life.iter().flat_map(|life| life.driver.engine().lanes());
+        lanes.any(|lane| lane.volume_position(volume.0).is_some())
+    }
+
+    /// In this process.
+    pub(super) fn volumes_removed(&self) -> u64 {
+        self.life.as_ref().map_or(0, |life| life.driver.engine().volumes_removed())
     }
 
     pub(super) fn report_turns(&self) -> u64 {

@@ -23,6 +23,7 @@ pub(super) fn connection_of(event: &Event) -> Option<ConnectionId> {
         | Event::Told { .. }
         | Event::PeerUnreachable { .. }
         | Event::Record(_)
+        | Event::Deleted { .. }
         | Event::Verify { .. }
         | Event::Timeout
         | Event::Drain => None,
@@ -59,6 +60,7 @@ pub(super) fn note_event(now: Moment, event: &Event) {
             "record of volume, version, epoch",
             [record.volume.0.into(), record.version, record.epoch.into()],
         ),
+        Event::Deleted { volume, .. } => ("deleted volume", [volume.0.into(), 0, 0]),
         Event::Verify { volume, verify } => ("verify volume, number", [volume.0.into(), *verify, 0]),
         Event::Timeout => ("timeout", [0; 3]),
         Event::Drain => ("drain", [0; 3]),

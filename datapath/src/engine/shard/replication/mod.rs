@@ -12,6 +12,7 @@ mod check;
 mod check_here;
 mod compare;
 mod content;
+mod departure;
 mod dial;
 mod fill;
 mod handover;
@@ -44,13 +45,14 @@ use check::Checking;
 use check_here::Asked;
 use compare::{Comparing, Source};
 use content::{Contents, Users};
+use departure::Departure;
 use dial::Dials;
 use fill::{CopyPiece, CopyWish};
 use link::Link;
 use peer_read::PeerPiece;
 use reads::HeldRead;
 use room::WaitingWrite;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Cookies of lanes' requests that are a replica's and not a piece's have this bit.
 const COOKIE: u32 = 1 << 31;
@@ -105,6 +107,10 @@ struct Replica {
     /// Nothing before the volume lasts in its lane, and after it has failed.
     member: Option<Member>,
     failed: bool,
+    /// It has no part in the volume any more, and its lane will take out what it holds.
+    departs: bool,
+    /// Nothing of it is left: the next one may have its place.
+    is_vacant: bool,
     /// The record counts on what the replica held, and it is gone, as when the pool was made anew.
     lost: bool,
     leader: Leader,
@@ -148,6 +154,7 @@ enum Work {
     Check { replica: usize, asked: Asked, memory: MemoryRange, asker: Leader },
     CheckRepair { replica: usize, check: u64 },
     Mend { replica: usize, asked: Asked, asker: Leader, lent: MemoryRange, pages: u32 },
+    Remove { volume: VolumeNumber },
 }
 
 /// See the module's text.
@@ -159,6 +166,11 @@ pub(super) struct Replication {
     random: u64,
     replicas: Vec<Replica>,
     works: Slab<Work>,
+    departures: Vec<Departure>,
+    /// Volumes without a replica here: the version of the record that said so.
+    departed: BTreeMap<VolumeNumber, u64>,
+    /// Volumes that lanes have taken out.
+    volumes_removed: u64,
     proposals: VecDeque<Box<Record>>,
     links: Vec<Option<Box<Link>>>,
     /// Counts links, so that one is not taken for an earlier one of the same number.
@@ -196,6 +208,9 @@ impl Replication {
             random: node.map_or(0, |node| node.boot),
             replicas: Vec::new(),
             works: Slab::default(),
+            departures: Vec::new(),
+            departed: BTreeMap::new(),
+            volumes_removed: 0,
             proposals: VecDeque::new(),
             links: if node.is_some() { (0..CONNECTIONS_MAX).map(|_| None).collect() } else { Vec::new() },
             links_opened: 0,
@@ -234,7 +249,7 @@ impl Replication {
     }
 
     fn find(&self, volume: VolumeNumber) -> Option<usize> {
-        self.replicas.iter().position(|replica| replica.volume == volume)
+        self.replicas.iter().position(|replica| replica.volume == volume && !replica.is_vacant)
     }
 
     fn config(&self) -> NodeConfig {
@@ -272,6 +287,9 @@ impl Replica {
         let record = self.head.record();
         if self.head.is_active() && self.leaving_since.is_none() {
             return None;
+        }
+        if self.departs {
+            return Some(format!("{} has no replica here any more; connect to another node", record.name));
         }
         if self.failed {
             return Some(format!("the replica of {} here has failed; connect to another node", record.name));
@@ -320,7 +338,8 @@ impl<M: Memory> Shard<M> {
 
     /// The replicas, for checks.
     pub fn replicas(&self) -> impl Iterator<Item = ReplicaState<'_>> {
-        self.replication.replicas.iter().map(|replica| ReplicaState {
+        let present = self.replication.replicas.iter().filter(|replica| !replica.departs);
+        present.map(|replica| ReplicaState {
             record: replica.head.record(),
             leads: replica.head.has_started(),
             serves: replica.head.is_serving(),
@@ -333,10 +352,13 @@ impl<M: Memory> Shard<M> {
     /// News of a volume.
     pub(super) fn handle_record(&mut self, record: Record) {
         let node = self.replication.node();
+        if self.waits_for_departure(&record) {
+            return;
+        }
         let index = match self.replication.find(record.volume) {
             Some(index) => index,
             None if record.replicas().contains(&node) => self.add_replica(&record),
-            None => return,
+            None => return self.depart_as_recorded(&record),
         };
         let now = self.now;
         let Replication { replicas, dials, .. } = &mut self.replication;
@@ -365,14 +387,18 @@ impl<M: Memory> Shard<M> {
                 self.close_link(link);
             }
         }
+        let newest = self.replication.replicas[index].head.record();
+        if !newest.replicas().contains(&node) {
+            let newest = newest.clone();
+            self.depart_as_recorded(&newest);
+        }
     }
 
     /// The node has, or is to have, a replica of the volume.
     fn add_replica(&mut self, record: &Record) -> usize {
         let number = record.volume.0;
-        let known = self.lanes.iter().position(|shard_lane| {
-            shard_lane.lane.volumes().iter().any(|volume| volume.record.number == number)
-        });
+        let known =
+            self.lanes.iter().position(|shard_lane| shard_lane.lane.volume_position(number).is_some());
         let lane = known.unwrap_or(number as usize % self.lanes.len());
         let put = VolumeRecord {
             number,
@@ -391,26 +417,24 @@ impl<M: Memory> Shard<M> {
         if known.is_none() {
             own.put_volume(put);
         }
-        let volume = own.volumes().iter().position(|volume| volume.record.number == number);
-        let volume = u32::try_from(volume.expect("just put there")).expect("volumes fit 32 bits");
+        let volume = own.volume_position(number).expect("just put there");
         let own_lineage = own.volumes()[volume as usize].record.identity == record.lineage;
         let size_bytes = record.size_blocks * BLOCK_BYTES_U64;
-        self.exports.add(record.name.clone(), size_bytes, self.read_only);
-        let served = self.served.len();
-        self.export_places.push(ExportPlace::Here(u32::try_from(served).expect("exports fit 32 bits")));
-        let index = self.replication.replicas.len();
-        self.served.push(Served { replica: Some(index), ..Served::new(lane, volume) });
+        let (index, served) = self.place_for_replica(record.name.clone(), size_bytes);
+        self.served[served] = Served { replica: Some(index), ..Served::new(lane, volume) };
         // The head's version is of the time before the record was read, so that it takes note of this one.
         let unread = Record { version: 0, ..record.clone() };
         let mut head = Head::new(self.replication.node(), unread);
         head.plant(self.replication.bugs);
-        self.replication.replicas.push(Replica {
+        let replica = Replica {
             volume: record.volume,
             served,
             head,
             member: None,
             // A replica of another lineage has nothing in common with this volume.
             failed: !own_lineage,
+            departs: false,
+            is_vacant: false,
             lost: false,
             leader: Leader::Nobody,
             leaving_since: None,
@@ -423,8 +447,29 @@ impl<M: Memory> Shard<M> {
             peer_reads: PeerReads::default(),
             damaged_reads: Vec::new(),
             checking: Checking::new(record.volume, self.replication.bugs, self.replication.scrub_period_ns),
-        });
+        };
+        if index == self.replication.replicas.len() {
+            self.replication.replicas.push(replica);
+        } else {
+            self.replication.replicas[index] = replica;
+        }
         index
+    }
+
+    /// Positions among the replicas and among the served volumes, and its export: those of one that has gone, if there is one.
+    fn place_for_replica(&mut self, name: String, size_bytes: u64) -> (usize, usize) {
+        if let Some(index) = self.replication.replicas.iter().position(|replica| replica.is_vacant) {
+            let served = self.replication.replicas[index].served;
+            let export = ExportIndex(u32::try_from(served).expect("exports fit 32 bits"));
+            self.exports.replace(export, name, size_bytes);
+            return (index, served);
+        }
+        self.exports.add_newest(name, size_bytes, self.read_only);
+        let served = self.served.len();
+        self.export_places.push(ExportPlace::Here(u32::try_from(served).expect("exports fit 32 bits")));
+        // Its lane and volume are filled in by the caller.
+        self.served.push(Served::new(0, 0));
+        (self.replication.replicas.len(), served)
     }
 
     /// Once per turn: members that can begin, timeouts of heads, links that waited, acknowledgements.
@@ -434,7 +479,12 @@ impl<M: Memory> Shard<M> {
         }
         self.feed_hungry_links();
         self.expire_greetings();
+        self.advance_departures();
         for index in 0..self.replication.replicas.len() {
+            if self.replication.replicas[index].departs {
+                self.settle_head(index);
+                continue;
+            }
             self.start_member(index);
             self.start_copy(index);
             self.take_over_if_asked(index);
@@ -486,6 +536,7 @@ impl<M: Memory> Shard<M> {
             Work::CopyRead { replica, piece, memory } => {
                 self.finish_copy_read(replica, piece, memory, completion);
             }
+            Work::Remove { volume } => self.finish_departure(volume, completion.result),
             Work::Fetch { .. } | Work::FindChanged { .. } | Work::Compare { .. } => {
                 unreachable!("these are polled")
             }
@@ -515,6 +566,7 @@ impl<M: Memory> Shard<M> {
 
     /// The node stops, and its clients are gone: heads let go and links are closed. True when nothing is left.
     pub(super) fn replication_has_ended(&mut self) -> bool {
+        self.stop_departures();
         if !self.have_heads_let_go() {
             return false;
         }

@@ -7,6 +7,7 @@ mod fetch;
 mod fill;
 mod order;
 mod promise;
+mod removal;
 mod repair;
 mod room;
 mod rot;
