@@ -74,6 +74,10 @@ struct World {
 
 impl World {
     fn new(ack: AckPolicy, segments: u32, seed: u64) -> World {
+        World::with_map_cache(ack, segments, seed, 1 << 20)
+    }
+
+    fn with_map_cache(ack: AckPolicy, segments: u32, seed: u64, map_cache_bytes: u64) -> World {
         let segment_blocks = 256;
         let pool_bytes = u64::from(segments) * u64::from(segment_blocks * BLOCK_BYTES);
         let layout = Layout::with_segment_blocks([7; 16], pool_bytes, 1, segment_blocks).unwrap();
@@ -81,7 +85,7 @@ impl World {
         format_writes(&layout).iter().for_each(|write| disk.put(write.place, &write.block[..]));
         let config = LaneConfig { lane: 0, layout, ack, checkpoint_log_bytes: 4 << 20, bugs: Bugs::none() };
         let mut pages = Pages::new(MemoryRange { start: 0, len: PAGES_BYTES });
-        let recovered = recover_lane(&mut disk, layout, 0, 1 << 20, Bugs::none()).unwrap();
+        let recovered = recover_lane(&mut disk, layout, 0, map_cache_bytes, Bugs::none()).unwrap();
         let mut world = World {
             layout,
             config,

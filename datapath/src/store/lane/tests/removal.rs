@@ -146,6 +146,50 @@ fn whenever_power_fails_it_is_there_or_not_and_the_other_one_is_whole() {
     assert!(found > 5 && gone > 5, "{found} found, {gone} gone");
 }
 
+/// A checkpoint that has written some of the leaves makes its body from the table when it has written all.
+#[test]
+fn no_leaf_goes_while_a_checkpoint_writes_the_others() {
+    const LEAVES: u32 = 700;
+    for steps in 0..12_u32 {
+        // All leaves are dirty when it begins, and it writes them in several batches.
+        let mut world = World::with_map_cache(AckPolicy::Durable, 80, 7 + u64::from(steps), 16 << 20);
+        world.lane.put_volume(VolumeRecord {
+            number: DOOMED_NUMBER,
+            size_blocks: u64::from(LEAVES * 512),
+            identity: [2; 16],
+            replicated: true,
+            name: "large".to_owned(),
+            ..VolumeRecord::default()
+        });
+        world.run();
+        for leaf in 0..LEAVES {
+            let stamp = Stamp { epoch: 1, sequence: u64::from(leaf) + 1 };
+            let range = BlockRange { volume: DOOMED, block: leaf * 512, count: 1 };
+            let whole = world.pages.allocate(2).expect("pages for a payload");
+            let payload = Some(Payload::Owned(super::super::OwnedPayload { whole }));
+            world.with_lane(|lane, context| {
+                lane.append(context, COOKIE, ChangeKind::Data, range, payload, stamp);
+            });
+            if leaf % 16 == 0 {
+                world.append_any(2000);
+                world.run();
+            }
+        }
+        world.run();
+        world.answers.retain(|(cookie, _)| *cookie != COOKIE);
+        world.lane.request_checkpoint();
+        for _ in 0..steps {
+            world.step();
+        }
+        world.remove();
+        for _ in 0..world.random.below(40) {
+            world.step();
+        }
+        world.lose_power();
+        world.check();
+    }
+}
+
 #[test]
 fn a_leaf_that_cannot_be_read_keeps_the_volume() {
     let mut world = World::with_two_volumes(3);
