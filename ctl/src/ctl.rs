@@ -7,7 +7,8 @@ use std::time::Duration;
 use berth::service::server::{self, CtlConfig};
 use clap::Args;
 
-/// Keep the records of all volumes: who has a replica, who leads. Nodes and commands connect to it.
+/// Keep the records of all volumes: who has a replica, who leads. Nodes and commands connect to it, and programs by REST:
+/// http://ADDR:PORT/v1/openapi.json
 #[derive(Debug, Args)]
 pub(crate) struct CtlArguments {
     /// Where the records are kept: redb:PATH, a file that is made if there is none.

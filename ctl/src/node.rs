@@ -1,19 +1,18 @@
 //! The flags of `berth node`, and how its results are printed.
 
-use std::collections::BTreeMap;
 use std::net::ToSocketAddrs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use berth::report::NodeReport;
 use clap::{Args, Subcommand};
-use nbd_server::control::convert::{MessageError, NodeInfo, label, node_from_message};
+use nbd_server::control::convert::{MessageError, label, node_from_message};
 use nbd_server::control::proto::{ListNodesRequest, NodeState};
 use nbd_server::listener::ListenAddress;
 use nbd_server::node::{NodeSettings, run_node};
 use nbd_server::node_name::NodeName;
 use nbd_server::serve::CpuList;
 use nbd_server::size::Size;
-use serde::Serialize;
 
 use crate::remote::{RemoteArguments, answer, columns, print, with_client};
 
@@ -100,53 +99,6 @@ pub(crate) struct RunArguments {
 enum NodeCommand {
     /// Show all nodes that have ever joined.
     List,
-}
-
-/// A node as it is printed.
-#[derive(Debug, Serialize)]
-struct NodeReport {
-    node: u32,
-    name: String,
-    nbd: Option<String>,
-    peer: String,
-    /// In hexadecimal: JavaScript has no integers of 64 bits.
-    boot: String,
-    version: String,
-    zone: Option<String>,
-    rack: Option<String>,
-    labels: BTreeMap<String, String>,
-    connected: bool,
-    /// What volumes may use in its pools.
-    capacity_bytes: u64,
-    /// Sum of the sizes of the volumes of which it has a replica.
-    reserved_bytes: u64,
-    replicas: u32,
-    /// Of those: they are being filled.
-    fills: u32,
-    /// Volumes that it leads.
-    heads: u32,
-}
-
-impl NodeReport {
-    fn new(node: NodeInfo, state: NodeState) -> NodeReport {
-        NodeReport {
-            node: node.node.0,
-            name: node.name.to_string(),
-            nbd: node.nbd,
-            peer: node.peer,
-            boot: format!("{:016x}", node.boot),
-            version: node.facts.version,
-            zone: node.facts.zone,
-            rack: node.facts.rack,
-            labels: node.facts.labels,
-            connected: state.connected,
-            capacity_bytes: node.facts.capacity_bytes,
-            reserved_bytes: state.reserved_bytes,
-            replicas: state.replicas,
-            fills: state.fills,
-            heads: state.heads,
-        }
-    }
 }
 
 /// Runs the command and prints what came of it.

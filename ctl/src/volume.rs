@@ -3,10 +3,10 @@
 mod attach;
 mod verify;
 
+use berth::report::{Names, PassReport, StatusReport, VolumeReport, age};
 use clap::{Args, Subcommand};
-use datapath::record::{NodeId, Record};
 use datapath::units::BLOCK_BYTES_U64;
-use nbd_server::control::convert::{PassHistory, history_from_message, record_from_message};
+use nbd_server::control::convert::{history_from_message, record_from_message};
 use nbd_server::control::proto::{
     self, CreateVolumeRequest, DeleteVolumeRequest, DetachRequest, GetVolumeRequest, ListVolumesRequest,
     ReplicaRequest, get_volume_request,
@@ -14,9 +14,7 @@ use nbd_server::control::proto::{
 use nbd_server::node_name::NodeName;
 use nbd_server::size::Size;
 use nbd_server::volume_name::VolumeName;
-use serde::Serialize;
 
-use self::verify::PassReport;
 use crate::remote::{Client, RemoteArguments, answer, columns, node_names, print, with_client};
 
 /// Make, look at and delete replicated volumes.
@@ -122,76 +120,6 @@ fn parse_size(text: &str) -> Result<Size, String> {
     Ok(size)
 }
 
-/// A volume as it is printed. Nodes are named; one without a name in the register keeps its number.
-#[derive(Debug, Serialize)]
-struct VolumeReport {
-    name: String,
-    number: u32,
-    size_bytes: u64,
-    version: u64,
-    epoch: u32,
-    started: bool,
-    /// The node that leads it, if any does.
-    head: Option<String>,
-    /// The node that is to lead it.
-    attached: Option<String>,
-    in_sync: Vec<String>,
-    catching_up: Vec<String>,
-    stale: Vec<StaleReport>,
-    /// Of those catching up or stale: added, and not in sync since.
-    fresh: Vec<String>,
-    min_in_sync: u32,
-    replicas_wanted: u32,
-    /// When the pass over it that is under way began, in seconds since 1970.
-    pass_began_at: Option<u64>,
-    /// The last pass that saw everything.
-    last_pass: Option<PassReport>,
-}
-
-#[derive(Debug, Serialize)]
-struct StaleReport {
-    node: String,
-    since_version: u64,
-}
-
-type Names = [(u32, String)];
-
-impl VolumeReport {
-    fn new(record: Record, passes: PassHistory, names: &Names) -> VolumeReport {
-        let name = |node: NodeId| {
-            let known = names.iter().find(|(number, _)| *number == node.0);
-            known.map_or_else(|| format!("number {}", node.0), |(_, name)| name.clone())
-        };
-        let all = |nodes: &[NodeId]| nodes.iter().copied().map(name).collect();
-        VolumeReport {
-            number: record.volume.0,
-            size_bytes: record.size_blocks * BLOCK_BYTES_U64,
-            version: record.version,
-            epoch: record.epoch,
-            started: record.started,
-            head: record.living_head().map(|head| name(head.node)),
-            attached: record.attached.map(name),
-            in_sync: all(&record.in_sync),
-            catching_up: all(&record.catching_up),
-            stale: record
-                .stale
-                .iter()
-                .map(|stale| StaleReport { node: name(stale.node), since_version: stale.since_version })
-                .collect(),
-            fresh: all(&record.fresh),
-            min_in_sync: record.min_in_sync,
-            replicas_wanted: record.replicas_wanted,
-            pass_began_at: passes.began_at,
-            last_pass: passes.last.map(|last| PassReport::new(last, names)),
-            name: record.name,
-        }
-    }
-
-    fn size(&self) -> String {
-        Size { bytes: self.size_bytes }.to_string()
-    }
-}
-
 /// Runs the command and prints what came of it.
 pub(crate) fn run(arguments: &VolumeArguments) -> Result<bool, String> {
     let output = arguments.remote.output;
@@ -256,29 +184,13 @@ pub(crate) struct StatusArguments {
     remote: RemoteArguments,
 }
 
-#[derive(Debug, Serialize)]
-struct StatusReport {
-    nodes: usize,
-    volumes: Vec<VolumeReport>,
-    degraded: Vec<String>,
-    /// Volumes whose last pass found what could not be made good.
-    damaged: Vec<String>,
-}
-
 /// Prints how the volumes are. False if one is degraded.
 pub(crate) fn status(arguments: &StatusArguments) -> Result<bool, String> {
     let (nodes, volumes) = with_client(&arguments.remote, |mut client| async move {
         let nodes = node_names(&mut client).await?.len();
         Ok((nodes, list(client).await?))
     })?;
-    let is_degraded = |volume: &&VolumeReport| {
-        let lacks = u32::try_from(volume.in_sync.len()).is_ok_and(|there| there < volume.replicas_wanted);
-        lacks || !volume.stale.is_empty() || !volume.catching_up.is_empty()
-    };
-    let degraded = volumes.iter().filter(is_degraded).map(|volume| volume.name.clone()).collect();
-    let is_damaged = |volume: &&VolumeReport| volume.last_pass.as_ref().is_some_and(|pass| !pass.is_clean());
-    let damaged = volumes.iter().filter(is_damaged).map(|volume| volume.name.clone()).collect();
-    let report = StatusReport { nodes, volumes, degraded, damaged };
+    let report = StatusReport::new(nodes, volumes);
     print(arguments.remote.output, &report, || {
         let mut all = if report.degraded.is_empty() {
             "all replicas are in sync".to_owned()
@@ -290,7 +202,7 @@ pub(crate) fn status(arguments: &StatusArguments) -> Result<bool, String> {
         }
         format!("{} nodes, {} volumes; {all}\n{}", report.nodes, report.volumes.len(), table(&report.volumes))
     })?;
-    Ok(report.degraded.is_empty() && report.damaged.is_empty())
+    Ok(report.is_well())
 }
 
 /// Requests that are answered with one volume.
@@ -389,7 +301,7 @@ fn description(volume: &VolumeReport) -> String {
         text.push_str(&format!("  stale: {}, since version {}\n", stale.node, stale.since_version));
     }
     if let Some(began_at) = volume.pass_began_at {
-        text.push_str(&format!("  a pass over its replicas began {}\n", verify::age(began_at)));
+        text.push_str(&format!("  a pass over its replicas began {}\n", age(began_at)));
     }
     match &volume.last_pass {
         Some(pass) => text.push_str(&pass.description()),

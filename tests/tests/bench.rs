@@ -97,13 +97,19 @@ fn a_server_that_forgets_is_found_out() {
     assert!(matches!(found, Err(BenchError::Mismatch { .. })), "{found:?}");
 }
 
+/// One request at a time: reads of a file may see half of a sector that is being written by somebody else.
+fn file_server(socket: &Path, file: &Path) -> Child {
+    let file = file.to_str().expect("UTF-8");
+    nbdkit(socket, &["--filter=noparallel", "file", file, "serialize=all-requests"])
+}
+
 #[test]
 fn a_server_that_keeps_a_file_survives_being_killed() {
     let scratch = Scratch::new("bench-kill");
     let socket = scratch.socket("nbd");
     let file = scratch.file("image");
     std::fs::File::create(&file).and_then(|image| image.set_len(64 << 20)).expect("an image");
-    let start = || nbdkit(&socket, &["file", file.to_str().expect("UTF-8")]);
+    let start = || file_server(&socket, &file);
     let mut server = start();
     let args = BenchArgs { reconnect: 20.0, ..mixed(&socket, 300.0) };
     let control = Control::default();
@@ -151,7 +157,7 @@ fn a_server_that_falls_silent_is_left_for_another_one() {
     let (socket, other) = (scratch.socket("nbd"), scratch.socket("other"));
     let file = scratch.file("image");
     std::fs::File::create(&file).and_then(|image| image.set_len(64 << 20)).expect("an image");
-    let start = |socket| nbdkit(socket, &["file", file.to_str().expect("UTF-8")]);
+    let start = |socket| file_server(socket, &file);
     let (mut silent, mut living) = (start(&socket), start(&other));
     let failover = vec![format!("nbd+unix:///v?socket={}", other.display()).parse().expect("a URI")];
     // One connection, so that nothing of the silent server's can be on its way to the file when the other one is asked.

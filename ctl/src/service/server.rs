@@ -13,6 +13,7 @@ use nbd_server::stop::StopSignals;
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::Routes;
 use tonic::transport::Server;
 
 use super::ControlService;
@@ -141,12 +142,16 @@ pub async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let (tell_drain, mut drain) = watch::channel(false);
     let limited = ControlServer::new(service.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
+    let routes = Routes::new(limited).prepare().into_axum_router();
+    let routes = Routes::from(crate::api::routes(service.clone(), routes));
     let serving = Server::builder()
+        // REST; gRPC comes over HTTP/2.
+        .accept_http1(true)
         .max_concurrent_streams(STREAMS_MAX)
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .serve_with_incoming_shutdown(limited, TcpListenerStream::new(listener), async move {
+        .serve_with_incoming_shutdown(routes, TcpListenerStream::new(listener), async move {
             stop.await;
             service.close();
             tell_drain.send_replace(true);

@@ -4,6 +4,7 @@ pub mod blocks;
 pub mod client;
 pub mod cluster;
 pub mod ctl;
+pub mod http;
 pub mod metrics;
 pub mod mounted;
 pub mod network;
