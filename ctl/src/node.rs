@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use berth::report::NodeReport;
 use clap::{Args, Subcommand};
-use nbd_server::control::convert::{MessageError, label, node_from_message};
-use nbd_server::control::proto::{ListNodesRequest, NodeState};
+use nbd_server::control::convert::label;
+use nbd_server::control::proto::ListNodesRequest;
 use nbd_server::listener::ListenAddress;
 use nbd_server::node::{NodeSettings, run_node};
 use nbd_server::node_name::NodeName;
@@ -174,11 +174,8 @@ fn list(remote: &RemoteArguments) -> Result<(), String> {
             remote,
             |mut client| async move { answer(client.list_nodes(ListNodesRequest {})).await },
         )?;
-    let states = reply.states.into_iter().chain(std::iter::repeat_with(NodeState::default));
-    let nodes = reply.nodes.into_iter().zip(states);
-    let nodes = nodes.map(|(node, state)| Ok(NodeReport::new(node_from_message(node)?, state)));
-    let nodes = nodes.collect::<Result<Vec<_>, MessageError>>();
-    let nodes = nodes.map_err(|error| format!("berth ctl sent what it must not: {error}"))?;
+    let nodes =
+        NodeReport::all(reply).map_err(|error| format!("berth ctl sent what it must not: {error}"))?;
     print(remote.output, &nodes, || table(&nodes))
 }
 

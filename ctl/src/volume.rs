@@ -6,7 +6,6 @@ mod verify;
 use berth::report::{Names, PassReport, StatusReport, VolumeReport, age};
 use clap::{Args, Subcommand};
 use datapath::units::BLOCK_BYTES_U64;
-use nbd_server::control::convert::{history_from_message, record_from_message};
 use nbd_server::control::proto::{
     self, CreateVolumeRequest, DeleteVolumeRequest, DetachRequest, GetVolumeRequest, ListVolumesRequest,
     ReplicaRequest, get_volume_request,
@@ -251,10 +250,8 @@ fn report(
     check: Option<proto::CheckState>,
     names: &Names,
 ) -> Result<VolumeReport, String> {
-    let wrong = |error| format!("berth ctl sent what it must not: {error}");
-    let record = record_from_message(record).map_err(wrong)?;
-    let passes = history_from_message(check.unwrap_or_default()).map_err(wrong)?;
-    Ok(VolumeReport::new(record, passes, names))
+    VolumeReport::of_messages(record, check, names)
+        .map_err(|error| format!("berth ctl sent what it must not: {error}"))
 }
 
 fn table(volumes: &[VolumeReport]) -> String {

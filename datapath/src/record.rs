@@ -170,6 +170,13 @@ impl Record {
         self.head.filter(|_| self.released < self.epoch)
     }
 
+    /// Does the node that the volume is attached to lead it, in an epoch that has started?
+    #[must_use]
+    pub fn is_led_as_attached(&self) -> bool {
+        let head = self.living_head().filter(|_| self.started).map(|head| head.node);
+        head.is_some() && head == self.attached
+    }
+
     /// Has every head that ever served let go, so that nobody reads by an earlier leave?
     #[must_use]
     pub fn is_let_go(&self) -> bool {

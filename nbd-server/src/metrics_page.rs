@@ -53,7 +53,7 @@ struct Page {
 /// Name without prefix and suffix, help, and how to read it.
 type Metric<S, V> = (&'static str, &'static str, fn(&S) -> V);
 
-const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 23] = [
+const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 24] = [
     ("connections_accepted", "Connections taken", |shard| shard.counters.accepted),
     (
         "connections_abandoned",
@@ -102,6 +102,11 @@ const SHARD_COUNTERS: [Metric<Snapshot<ShardReport>, u64>; 23] = [
         "volumes_removed",
         "Volumes whose data was removed because they have no replica here any more",
         |shard| shard.report.volumes_removed,
+    ),
+    (
+        "removals_failed",
+        "Volumes without a replica here whose data stays, because a part of their map cannot be read",
+        |shard| shard.report.removals_failed,
     ),
     ("scrub_passes", "Passes over volumes led here that saw everything", |shard| shard.report.checks.passes),
     ("scrub_compared_blocks", "Blocks read at every replica in sync and compared", |shard| {

@@ -98,14 +98,14 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
 }
 
 /// What stands in a request's path.
-struct Names<T>(T);
+struct InPath<T>(T);
 
-impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Names<T> {
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for InPath<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let path = Path::<T>::from_request_parts(parts, state).await;
-        path.map(|Path(names)| Names(names)).map_err(|rejection| ApiError::invalid(rejection.body_text()))
+        path.map(|Path(names)| InPath(names)).map_err(|rejection| ApiError::invalid(rejection.body_text()))
     }
 }
 

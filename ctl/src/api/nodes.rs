@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::State;
 
 use super::error::{ApiError, ErrorBody};
-use super::{Names, reply};
+use super::{InPath, reply};
 use crate::report::{NodeReport, StatusReport};
 use crate::service::ControlService;
 
@@ -20,7 +20,7 @@ pub(super) async fn list(State(service): State<ControlService>) -> Result<Json<V
     responses((status = 200, body = NodeReport), (status = "default", body = ErrorBody)))]
 pub(super) async fn show(
     State(service): State<ControlService>,
-    Names(name): Names<String>,
+    InPath(name): InPath<String>,
 ) -> Result<Json<NodeReport>, ApiError> {
     let nodes = reply::nodes(&service).await?;
     let found = nodes.into_iter().find(|node| node.name == name);

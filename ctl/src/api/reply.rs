@@ -1,14 +1,13 @@
 //! What the service answers, in the words of [`crate::report`].
 
 use datapath::record::Record;
-use nbd_server::control::convert::{history_from_message, node_from_message, record_from_message};
+use nbd_server::control::convert::record_from_message;
 use nbd_server::control::proto;
-use nbd_server::control::proto::NodeState;
 use nbd_server::control::proto::control_server::Control;
 use tonic::{Request, Response, Status};
 
 use super::error::ApiError;
-use crate::report::{Names, NodeReport, VolumeReport};
+use crate::report::{NodeReport, VolumeReport};
 use crate::service::ControlService;
 
 /// The service's own words that it does not understand are a fault of its own.
@@ -21,25 +20,16 @@ async fn names(service: &ControlService) -> Result<Vec<(u32, String)>, ApiError>
     Ok(list.nodes.into_iter().map(|node| (node.node, node.name)).collect())
 }
 
-fn report(
-    record: proto::Record,
-    check: Option<proto::CheckState>,
-    names: &Names,
-) -> Result<VolumeReport, ApiError> {
-    let record = record_from_message(record).map_err(own)?;
-    let passes = history_from_message(check.unwrap_or_default()).map_err(own)?;
-    Ok(VolumeReport::new(record, passes, names))
-}
-
 pub(super) async fn volume(
     service: &ControlService,
     reply: Response<proto::VolumeReply>,
 ) -> Result<VolumeReport, ApiError> {
     let reply = reply.into_inner();
-    report(reply.record.unwrap_or_default(), reply.check, &names(service).await?)
+    VolumeReport::of_messages(reply.record.unwrap_or_default(), reply.check, &names(service).await?)
+        .map_err(own)
 }
 
-pub(super) fn record(reply: &mut Response<proto::VolumeReply>) -> Result<Record, ApiError> {
+pub(super) fn record(reply: &Response<proto::VolumeReply>) -> Result<Record, ApiError> {
     record_from_message(reply.get_ref().record.clone().unwrap_or_default()).map_err(own)
 }
 
@@ -52,7 +42,7 @@ pub(super) async fn volumes(service: &ControlService) -> Result<Vec<VolumeReport
         let page = service.list_volumes(request).await?.into_inner();
         let checks = page.checks.into_iter().map(Some).chain(std::iter::repeat(None));
         for (record, check) in page.records.into_iter().zip(checks) {
-            volumes.push(report(record, check, &names)?);
+            volumes.push(VolumeReport::of_messages(record, check, &names).map_err(own)?);
         }
         if !page.more {
             return Ok(volumes);
@@ -62,7 +52,5 @@ pub(super) async fn volumes(service: &ControlService) -> Result<Vec<VolumeReport
 
 pub(super) async fn nodes(service: &ControlService) -> Result<Vec<NodeReport>, ApiError> {
     let list = service.list_nodes(Request::new(proto::ListNodesRequest {})).await?.into_inner();
-    let states = list.states.into_iter().chain(std::iter::repeat_with(NodeState::default));
-    let nodes = list.nodes.into_iter().zip(states);
-    nodes.map(|(node, state)| Ok(NodeReport::new(node_from_message(node).map_err(own)?, state))).collect()
+    NodeReport::all(list).map_err(own)
 }

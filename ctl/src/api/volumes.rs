@@ -6,7 +6,6 @@ use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use datapath::record::Record;
 use datapath::units::BLOCK_BYTES_U64;
 use nbd_server::control::proto::control_server::Control;
 use nbd_server::control::proto::{self, get_volume_request::Which};
@@ -16,7 +15,7 @@ use tonic::{Code, Request, Status};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::{ApiError, ErrorBody};
-use super::{Body, Names, reply};
+use super::{Body, InPath, reply};
 use crate::report::VolumeReport;
 use crate::service::ControlService;
 
@@ -190,7 +189,7 @@ fn difference(wish: &NewVolume, known: &VolumeReport) -> Option<String> {
     responses((status = 200, body = VolumeReport), (status = "default", body = ErrorBody)))]
 pub(super) async fn show(
     State(service): State<ControlService>,
-    Names(name): Names<String>,
+    InPath(name): InPath<String>,
 ) -> Result<Json<VolumeReport>, ApiError> {
     let found = find(&service, &name).await?;
     Ok(Json(reply::volume(&service, found).await?))
@@ -203,7 +202,7 @@ pub(super) async fn show(
     responses((status = 204), (status = "default", body = ErrorBody)))]
 pub(super) async fn delete(
     State(service): State<ControlService>,
-    Names(name): Names<String>,
+    InPath(name): InPath<String>,
     query: Result<Query<Deletion>, QueryRejection>,
 ) -> Result<StatusCode, ApiError> {
     let Query(Deletion { force }) = query.map_err(|error| ApiError::invalid(error.body_text()))?;
@@ -220,7 +219,7 @@ pub(super) async fn delete(
     responses((status = 200, body = Attached), (status = "default", body = ErrorBody)))]
 pub(super) async fn attach(
     State(service): State<ControlService>,
-    Names(name): Names<String>,
+    InPath(name): InPath<String>,
     Body(wish): Body<Attachment>,
 ) -> Result<Json<Attached>, ApiError> {
     let wait_seconds = wish.wait_seconds.unwrap_or(WAIT_SECONDS);
@@ -233,8 +232,7 @@ pub(super) async fn attach(
     let request = proto::AttachRequest { name: name.clone(), node: wish.node.clone(), steal: wish.steal };
     let mut reply = service.attach_volume(Request::new(request)).await?;
     loop {
-        let record = reply::record(&mut reply)?;
-        let is_led = is_led_as_attached(&record);
+        let is_led = reply::record(&reply)?.is_led_as_attached();
         if is_led || wait_seconds == 0 {
             let address = reply::nodes(&service).await?.into_iter().find(|node| node.name == wish.node);
             let uri = address.and_then(|node| node.nbd).map(|address| format!("nbd://{address}/{name}"));
@@ -248,18 +246,13 @@ pub(super) async fn attach(
     }
 }
 
-fn is_led_as_attached(record: &Record) -> bool {
-    let head = record.living_head().filter(|_| record.started).map(|head| head.node);
-    head.is_some() && head == record.attached
-}
-
 /// Lets any node lead the volume that a client chooses.
 #[utoipa::path(post, path = "/v1/volumes/{name}/detach", tag = "volumes", params(("name" = String, Path)),
     request_body = Detachment,
     responses((status = 200, body = VolumeReport), (status = "default", body = ErrorBody)))]
 pub(super) async fn detach(
     State(service): State<ControlService>,
-    Names(name): Names<String>,
+    InPath(name): InPath<String>,
     Body(wish): Body<Detachment>,
 ) -> Result<Json<VolumeReport>, ApiError> {
     let request = proto::DetachRequest { name, node: wish.node.unwrap_or_default() };
@@ -273,7 +266,7 @@ pub(super) async fn detach(
     responses((status = 200, body = VolumeReport), (status = "default", body = ErrorBody)))]
 pub(super) async fn add_replica(
     State(service): State<ControlService>,
-    Names(name): Names<String>,
+    InPath(name): InPath<String>,
     Body(wish): Body<NewReplica>,
 ) -> Result<Json<VolumeReport>, ApiError> {
     let request = proto::ReplicaRequest { name: name.clone(), node: wish.node.clone() };
@@ -287,7 +280,7 @@ pub(super) async fn add_replica(
     responses((status = 200, body = VolumeReport), (status = "default", body = ErrorBody)))]
 pub(super) async fn remove_replica(
     State(service): State<ControlService>,
-    Names((name, node)): Names<(String, String)>,
+    InPath((name, node)): InPath<(String, String)>,
 ) -> Result<Json<VolumeReport>, ApiError> {
     let request = proto::ReplicaRequest { name: name.clone(), node: node.clone() };
     let removed = service.remove_replica(Request::new(request)).await;
@@ -324,7 +317,7 @@ async fn find(service: &ControlService, name: &str) -> Result<tonic::Response<pr
 
 #[cfg(test)]
 mod tests {
-    use datapath::record::{NodeId, VolumeNumber};
+    use datapath::record::{NodeId, Record, VolumeNumber};
     use nbd_server::control::convert::PassHistory;
 
     use super::*;

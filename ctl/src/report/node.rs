@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use nbd_server::control::convert::NodeInfo;
-use nbd_server::control::proto::NodeState;
+use nbd_server::control::convert::{MessageError, NodeInfo, node_from_message};
+use nbd_server::control::proto::{ListNodesReply, NodeState};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -53,5 +53,16 @@ impl NodeReport {
             fills: state.fills,
             heads: state.heads,
         }
+    }
+
+    /// All nodes of a list.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn all(list: ListNodesReply) -> Result<Vec<NodeReport>, MessageError> {
+        // One of an earlier version tells no states.
+        let states = list.states.into_iter().chain(std::iter::repeat_with(NodeState::default));
+        let nodes = list.nodes.into_iter().zip(states);
+        nodes.map(|(node, state)| Ok(NodeReport::new(node_from_message(node)?, state))).collect()
     }
 }

@@ -2,7 +2,8 @@
 
 use datapath::record::{NodeId, Record};
 use datapath::units::BLOCK_BYTES_U64;
-use nbd_server::control::convert::PassHistory;
+use nbd_server::control::convert::{MessageError, PassHistory, history_from_message, record_from_message};
+use nbd_server::control::proto;
 use nbd_server::size::Size;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -70,6 +71,19 @@ impl VolumeReport {
             last_pass: passes.last.map(|last| PassReport::new(last, names)),
             name: record.name,
         }
+    }
+
+    /// The same, as they are sent.
+    ///
+    /// # Errors
+    /// What is wrong with the messages.
+    pub fn of_messages(
+        record: proto::Record,
+        check: Option<proto::CheckState>,
+        names: &Names,
+    ) -> Result<VolumeReport, MessageError> {
+        let passes = history_from_message(check.unwrap_or_default())?;
+        Ok(VolumeReport::new(record_from_message(record)?, passes, names))
     }
 
     /// Its size, for people.

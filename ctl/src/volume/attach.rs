@@ -43,8 +43,7 @@ async fn attach(
         let message = reply.record.unwrap_or_default();
         let record = record_from_message(message.clone())
             .map_err(|error| format!("berth ctl sent what it must not: {error}"))?;
-        let head = record.living_head().filter(|_| record.started).map(|head| head.node);
-        if head.is_some() && head == record.attached {
+        if record.is_led_as_attached() {
             let uri = match address.as_deref() {
                 Some("") | None => "but its clients cannot come in over TCP".to_owned(),
                 Some(address) => format!("nbd://{address}/{name}"),

@@ -130,6 +130,8 @@ pub struct ShardReport {
     pub repairs: RepairReport,
     /// Volumes that lanes have taken out, because they have no replica here any more.
     pub volumes_removed: u64,
+    /// Volumes that could not be taken out, because a leaf of their map cannot be read, or their lane failed.
+    pub removals_failed: u64,
     /// The same: what comparing replicas has found.
     pub checks: CheckCounters,
     /// Connections closed because others waited for memory that they held and their clients did nothing about.

@@ -593,6 +593,7 @@ impl<M: Memory> Engine for Shard<M> {
             handshakes_timed_out: self.handshakes_timed_out,
             repairs: self.replication.repairs,
             volumes_removed: self.volumes_removed(),
+            removals_failed: self.replication.removals_failed,
             checks: self.replication.check_counters(),
             connections_put_out: self.hunger.put_out,
             receive_buffers_kept: self.buffers_kept,

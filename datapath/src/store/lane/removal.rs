@@ -97,6 +97,7 @@ impl Lane {
                 return;
             };
             let Some(leaf) = self.map.table(volume).next_present(next_leaf, LEAVES_END) else {
+                assert_eq!(coming, 0, "a leaf on its way in is present");
                 return self.end_sweep(volume);
             };
             match self.map.find(volume, leaf) {
@@ -150,10 +151,12 @@ impl Lane {
             // The lane has failed.
             return;
         }
+        let from = *self.sweeping(volume).1;
+        let is_next = self.map.table(volume).next_present(from, LEAVES_END) == Some(leaf);
         let (coming, next_leaf, damaged) = self.sweeping(volume);
         *coming -= 1;
-        // Those before it have come, or were found to be damaged: they were asked for in this order.
-        if !intact && leaf >= *next_leaf {
+        // Reads end in any order: one that is not the next is asked for again when it is, and none before it is passed over.
+        if !intact && is_next {
             *damaged += 1;
             *next_leaf = leaf + 1;
         }

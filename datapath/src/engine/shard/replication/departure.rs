@@ -131,8 +131,9 @@ impl<M: Memory> Shard<M> {
     pub(super) fn finish_departure(&mut self, volume: VolumeNumber, result: Result<(), RequestError>) {
         let departures = &mut self.replication.departures;
         let index = departures.iter().position(|it| it.volume == volume).expect("it was on its way out");
-        if result.is_err() {
+        if let Err(error) = result {
             // It stays as it is, and known as such, until the next process tries again.
+            self.replication.removals_failed += u64::from(error != RequestError::ShuttingDown);
             return;
         }
         let Departure { replica, record, .. } = departures.swap_remove(index);

@@ -171,6 +171,8 @@ pub(super) struct Replication {
     departed: BTreeMap<VolumeNumber, u64>,
     /// Volumes that lanes have taken out.
     volumes_removed: u64,
+    /// Volumes that they could not.
+    pub(super) removals_failed: u64,
     proposals: VecDeque<Box<Record>>,
     links: Vec<Option<Box<Link>>>,
     /// Counts links, so that one is not taken for an earlier one of the same number.
@@ -211,6 +213,7 @@ impl Replication {
             departures: Vec::new(),
             departed: BTreeMap::new(),
             volumes_removed: 0,
+            removals_failed: 0,
             proposals: VecDeque::new(),
             links: if node.is_some() { (0..CONNECTIONS_MAX).map(|_| None).collect() } else { Vec::new() },
             links_opened: 0,
