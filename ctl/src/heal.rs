@@ -1,11 +1,13 @@
-//! Which replicas are given to other nodes, and which are forgotten. A pure function of what there is: asked again and
-//! again, it comes to rest.
+//! Which replicas are given to other nodes, and which are forgotten, because a node stays away, or is drained. A pure function
+//! of what there is: asked again and again, it comes to rest.
 //!
 //! ```text
 //!   in sync ──away──▶ stale ──its node is gone for the grace time──▶ another node gets a fresh one
 //!                       │                                               │ filled, in sync
 //!                       │ it is back first: the fresh one is forgotten  ▼
 //!                       └───────────────────────────────────────▶ the old one is forgotten
+//!
+//!   in sync ──its node is drained──▶ another node gets a fresh one ──in sync──▶ leaving ──the head takes it out──▶ forgotten
 //! ```
 //!
 //! Who is in sync only heads change. So a member whose node is gone is replaced when a head has left it out, and a volume
@@ -47,6 +49,22 @@ pub enum Step {
     Add(VolumeNumber, NodeId),
     /// The node's replica, which is not in sync, is forgotten.
     Remove(VolumeNumber, NodeId),
+    /// The node's replica, which is in sync, is to go: there are enough others.
+    Leave(VolumeNumber, NodeId),
+    /// It stays after all.
+    Stay(VolumeNumber, NodeId),
+}
+
+impl Step {
+    /// The volume and the node.
+    #[must_use]
+    pub fn of(self) -> (VolumeNumber, NodeId) {
+        let (Step::Add(volume, node)
+        | Step::Remove(volume, node)
+        | Step::Leave(volume, node)
+        | Step::Stay(volume, node)) = self;
+        (volume, node)
+    }
 }
 
 /// At most one step for each volume. A node that stays away for `grace` is gone; one that never joined is, too. Placement
@@ -66,7 +84,10 @@ pub fn steps(
             Some(Presence::Away(away)) => *away >= grace,
             None => true,
         };
-        let step = step(record, is_gone, || choose(record, &model, is_gone));
+        let is_drained = |node: NodeId| model.nodes.iter().any(|known| known.id == node && known.draining);
+        let step = step(record, is_gone, is_drained, || {
+            choose(record, &model, |node| is_gone(node) || is_drained(node))
+        });
         if let Some(Step::Add(_, node)) = step {
             model.give(node, placement::size_bytes(record));
         }
@@ -78,30 +99,42 @@ pub fn steps(
 fn step(
     record: &Record,
     is_gone: impl Fn(NodeId) -> bool,
+    is_drained: impl Fn(NodeId) -> bool,
     choose: impl FnOnce() -> Option<NodeId>,
 ) -> Option<Step> {
     let wanted = usize::try_from(record.replicas_wanted).expect("64 at most");
-    let out: Vec<NodeId> = record.replicas().into_iter().filter(|node| !record.is_in_sync(*node)).collect();
-    let coming = out.iter().filter(|node| !is_gone(**node)).count();
-    if record.in_sync.len() >= wanted {
-        // Whole without it. One that is only late to come back stays: it costs nothing to keep, and may be needed.
-        let gone = out.iter().find(|node| is_gone(**node) || record.fresh.contains(node))?;
-        return Some(Step::Remove(record.volume, *gone));
+    if let Some(node) = record.leaving.iter().find(|node| !is_drained(**node)) {
+        return Some(Step::Stay(record.volume, *node));
     }
-    if record.in_sync.len() + coming > wanted {
+    let out: Vec<NodeId> = record.replicas().into_iter().filter(|node| !record.is_in_sync(*node)).collect();
+    if let Some(node) = out.iter().find(|node| is_drained(**node) && record.fresh.contains(node)) {
+        return Some(Step::Remove(record.volume, *node));
+    }
+    let coming = out.iter().filter(|node| !is_gone(**node) && !is_drained(**node)).count();
+    let in_sync = record.in_sync.iter().filter(|node| !is_drained(**node)).count();
+    if in_sync >= wanted {
+        // Whole without it. One that is only late to come back stays: it costs nothing to keep, and may be needed.
+        let is_over = |node: &&NodeId| is_gone(**node) || is_drained(**node) || record.fresh.contains(node);
+        if let Some(gone) = out.iter().find(is_over) {
+            return Some(Step::Remove(record.volume, *gone));
+        }
+        let may_go = |node: &&NodeId| is_drained(**node) && !record.leaving.contains(node);
+        return record.in_sync.iter().find(may_go).map(|node| Step::Leave(record.volume, *node));
+    }
+    if in_sync + coming > wanted {
         // What comes back lacks less than what is new.
         let fresh = out.iter().rev().find(|node| record.fresh.contains(node))?;
         return Some(Step::Remove(record.volume, *fresh));
     }
-    if record.in_sync.len() + coming < wanted {
+    if in_sync + coming < wanted {
         return Some(Step::Add(record.volume, choose()?));
     }
     None
 }
 
-/// The node that can take one more replica best. Those on nodes that are gone protect from nothing any more.
-fn choose(record: &Record, model: &Model, is_gone: impl Fn(NodeId) -> bool) -> Option<NodeId> {
-    let holders = record.replicas().into_iter().filter(|node| !is_gone(*node)).collect();
+/// The node that can take one more replica best. Those on nodes that are gone, or soon will be, protect from nothing any more.
+fn choose(record: &Record, model: &Model, is_over: impl Fn(NodeId) -> bool) -> Option<NodeId> {
+    let holders = record.replicas().into_iter().filter(|node| !is_over(*node)).collect();
     let request = Request { holders, needs_fill: true, ..Request::new(placement::size_bytes(record), 1) };
     placement::choose(model, &request)?.into_iter().find(|node| !record.replicas().contains(node))
 }
@@ -210,6 +243,50 @@ mod tests {
         }
     }
 
+    /// The step while these nodes are drained.
+    fn drained(record: &Record, nodes: &BTreeMap<NodeId, Presence>, which: &[u32]) -> Option<Step> {
+        let mut model = model(nodes, None);
+        model.nodes.iter_mut().for_each(|node| node.draining = which.contains(&node.id.0));
+        let steps = steps(&[Arc::new(record.clone())], model, nodes, GRACE);
+        steps.first().map(|decision| decision.step)
+    }
+
+    #[test]
+    fn a_drained_node_gives_its_replica_away_once_another_is_in_sync() {
+        let mut record = volume(1, &[1, 2, 3]);
+        let nodes = all_here(4);
+        assert_eq!(drained(&record, &nodes, &[2]), Some(Step::Add(VolumeNumber(1), id(4))));
+        apply(&mut record, Some(Step::Add(VolumeNumber(1), id(4))));
+        assert_eq!(drained(&record, &nodes, &[2]), None, "it is being filled");
+        assert_eq!(
+            drained(&record, &nodes, &[2, 4]),
+            Some(Step::Remove(VolumeNumber(1), id(4))),
+            "it holds nothing"
+        );
+        admit(&mut record, 4);
+        let leave = Some(Step::Leave(VolumeNumber(1), id(2)));
+        assert_eq!(drained(&record, &nodes, &[2]), leave);
+        apply(&mut record, leave);
+        assert_eq!(drained(&record, &nodes, &[2]), None, "the head takes it out");
+        assert_eq!(drained(&record, &nodes, &[]), Some(Step::Stay(VolumeNumber(1), id(2))), "undrained");
+        leave_out(&mut record, 2);
+        let remove = Some(Step::Remove(VolumeNumber(1), id(2)));
+        assert_eq!(drained(&record, &nodes, &[2]), remove);
+        apply(&mut record, remove);
+        assert_eq!(drained(&record, &nodes, &[2]), None);
+        assert_eq!(record.in_sync, [id(1), id(3), id(4)]);
+    }
+
+    #[test]
+    fn a_drained_node_keeps_what_no_other_can_take() {
+        let mut record = volume(1, &[1, 2, 3]);
+        let nodes = all_here(3);
+        assert_eq!(drained(&record, &nodes, &[2]), None);
+        // Nor does it give away what is needed to bring the volume back.
+        leave_out(&mut record, 2);
+        assert_eq!(drained(&record, &nodes, &[2]), None);
+    }
+
     #[test]
     fn where_no_node_is_left_nothing_is_done() {
         let mut record = volume(1, &[1, 2, 3]);
@@ -290,6 +367,8 @@ mod tests {
         match step {
             Some(Step::Add(_, node)) => *record = record.with_replica(node, 0).expect("it has none"),
             Some(Step::Remove(_, node)) => *record = record.without_replica(node, 0).expect("not in sync"),
+            Some(Step::Leave(_, node)) => *record = record.with_leaving(node, true, 0).expect("it has one"),
+            Some(Step::Stay(_, node)) => *record = record.with_leaving(node, false, 0).expect("it has one"),
             None => {}
         }
     }

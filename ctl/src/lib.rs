@@ -7,3 +7,4 @@ pub mod placement;
 pub mod record_store;
 pub mod report;
 pub mod service;
+pub mod tending;

@@ -1,5 +1,7 @@
 //! The flags of `berth node`, and how its results are printed.
 
+mod drain;
+
 use std::net::ToSocketAddrs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -97,16 +99,40 @@ pub(crate) struct RunArguments {
 
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
-    /// Show all nodes that have ever joined.
+    /// Show all nodes that have joined.
     List,
+    /// Have a node give its replicas to others and get none, and wait until it has none left. Volumes that are attached to it
+    /// go on being served there, from the replicas of others. Ctrl-C ends the waiting only.
+    Drain {
+        /// Its name.
+        name: NodeName,
+        /// Do not wait.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Have a node keep the replicas that it has, and get some again.
+    Undrain {
+        /// Its name.
+        name: NodeName,
+    },
+    /// Forget a node that has no replica and was stopped. One that joins under its name later is a new one.
+    Remove {
+        /// Its name.
+        name: NodeName,
+    },
 }
 
 /// Runs the command and prints what came of it.
 pub(crate) fn run(arguments: NodeArguments) -> Result<(), String> {
     match (arguments.command, arguments.run) {
         (Some(NodeCommand::List), _) => list(&arguments.remote),
+        (Some(NodeCommand::Drain { name, no_wait }), _) => drain::drain(&arguments.remote, &name, !no_wait),
+        (Some(NodeCommand::Undrain { name }), _) => drain::undrain(&arguments.remote, &name),
+        (Some(NodeCommand::Remove { name }), _) => drain::remove(&arguments.remote, &name),
         (None, Some(run)) => run_as_node(run, arguments.remote.ctl),
-        (None, None) => Err("say what to run: --name NAME --pool FILE, or list".to_owned()),
+        (None, None) => {
+            Err("say what to run: --name NAME --pool FILE, or list, drain, undrain, remove".to_owned())
+        }
     }
 }
 
@@ -187,7 +213,14 @@ fn table(nodes: &[NodeReport]) -> String {
     let mut lines = vec![heading.map(str::to_owned).to_vec()];
     for node in nodes {
         let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
-        let state = if node.connected { "connected" } else { "AWAY" };
+        let state = match (node.connected, node.draining, node.is_empty()) {
+            (true, false, _) => "connected",
+            (true, true, false) => "draining",
+            (true, true, true) => "drained",
+            (false, false, _) => "AWAY",
+            (false, true, false) => "AWAY, draining",
+            (false, true, true) => "AWAY, drained",
+        };
         let filling = if node.fills == 0 { String::new() } else { format!(" ({} filling)", node.fills) };
         lines.push(vec![
             node.name.clone(),

@@ -294,6 +294,9 @@ fn description(volume: &VolumeReport) -> String {
     if !volume.fresh.is_empty() {
         text.push_str(&format!("  new, filled from nothing: {}\n", volume.fresh.join(", ")));
     }
+    if !volume.leaving.is_empty() {
+        text.push_str(&format!("  to go, since their nodes are drained: {}\n", volume.leaving.join(", ")));
+    }
     for stale in &volume.stale {
         text.push_str(&format!("  stale: {}, since version {}\n", stale.node, stale.since_version));
     }

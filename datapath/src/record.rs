@@ -111,6 +111,9 @@ pub struct Record {
     /// Whatever such a node holds of the volume, from an earlier time perhaps, counts for nothing: the ends of epochs that
     /// are kept say nothing of it.
     pub fresh: Vec<NodeId>,
+    /// Replicas that are to go, ascending: once enough others are in sync the head takes out those that are, and it fills
+    /// none of them.
+    pub leaving: Vec<NodeId>,
     /// Replicas that the volume should have in sync.
     pub replicas_wanted: u32,
     /// With fewer replicas in sync nothing is served.
@@ -157,6 +160,7 @@ impl Record {
             catching_up: Vec::new(),
             stale: Vec::new(),
             fresh: Vec::new(),
+            leaving: Vec::new(),
             replicas_wanted: u32::try_from(nodes.len()).expect("a few"),
             epoch_ends: Vec::new(),
             attached: None,
@@ -230,7 +234,33 @@ impl Record {
         next.stale.retain(|replica| replica.node != node);
         next.catching_up.retain(|other| *other != node);
         next.fresh.retain(|other| *other != node);
+        next.leaving.retain(|other| *other != node);
         Ok(next)
+    }
+
+    /// The record in which the node's replica is to go, or is not any more. The same record if it says so already.
+    ///
+    /// # Errors
+    /// [`ReplicaError::NotThere`].
+    pub fn with_leaving(&self, node: NodeId, leaves: bool, proposal: u64) -> Result<Record, ReplicaError> {
+        if !self.replicas().contains(&node) {
+            return Err(ReplicaError::NotThere(node));
+        }
+        if self.leaving.contains(&node) == leaves {
+            return Ok(self.clone());
+        }
+        let mut next = self.next_version(proposal);
+        next.leaving.retain(|other| *other != node);
+        if leaves {
+            next.leaving.push(node);
+            next.leaving.sort_unstable();
+        }
+        Ok(next)
+    }
+
+    /// Replicas in sync that stay.
+    pub fn staying(&self) -> impl Iterator<Item = NodeId> {
+        self.in_sync.iter().copied().filter(|node| !self.leaving.contains(node))
     }
 
     /// The record of the volume attached to this node, or to none. The head is not changed by that: it lets go by itself.
@@ -303,6 +333,22 @@ mod tests {
         assert_eq!(more.without_replica(NodeId(4), 6), Err(ReplicaError::NotThere(NodeId(4))));
         let less = more.without_replica(NodeId(2), 6).expect("not in sync");
         assert_eq!(less, Record { version: 3, proposal: 6, ..record });
+    }
+
+    #[test]
+    fn a_replica_that_is_to_go_is_marked_until_it_is_gone() {
+        let record = Record::new(VolumeNumber(7), "data", [1; 16], 100, &[NodeId(1), NodeId(3)]);
+        let leaving = record.with_leaving(NodeId(3), true, 5).expect("it is there");
+        assert_eq!((leaving.version, &leaving.leaving[..]), (2, &[NodeId(3)][..]));
+        assert_eq!(leaving.staying().collect::<Vec<_>>(), [NodeId(1)]);
+        assert_eq!(leaving.with_leaving(NodeId(3), true, 6).as_ref(), Ok(&leaving), "again");
+        assert_eq!(record.with_leaving(NodeId(4), true, 6), Err(ReplicaError::NotThere(NodeId(4))));
+        let stays = leaving.with_leaving(NodeId(3), false, 6).expect("it is there");
+        assert_eq!(stays, Record { version: 3, proposal: 6, ..record });
+        let mut out = leaving;
+        out.in_sync.pop();
+        out.stale.push(StaleReplica { node: NodeId(3), since_version: 2 });
+        assert_eq!(out.without_replica(NodeId(3), 7).expect("not in sync").leaving, []);
     }
 
     #[test]

@@ -265,6 +265,13 @@ fn start_courier(
                         head = ?record.head.map(|head| head.node), in_sync = ?record.in_sync, "record");
                     post(&mailbox, Message::Record(record));
                 }
+                News::Tend { volume } => {
+                    tracing::info!(
+                        volume = volume.0,
+                        "something has to be done for the replicas of a volume"
+                    );
+                    post(&mailbox, Message::Tend { volume });
+                }
                 News::Verify { volume, verify } => {
                     tracing::info!(volume = volume.0, "somebody wants a volume verified");
                     post(&mailbox, Message::Verify { volume, verify });

@@ -102,10 +102,6 @@ fn who_holds_a_volume_is_named_to_whoever_else_wants_it() {
         let said = run_to_fail(&mut cluster.ctl.command(words));
         assert!(said.contains(why), "{words}: {said}");
     };
-    refused(
-        "volume attach v --node n3",
-        "node n3 has no replica of volume v; give it one with `berth volume",
-    );
     refused("volume attach v --node n9", "there is no node n9");
     refused("volume attach w --node n1", "there is no volume w");
     run(&mut cluster.ctl.command("volume attach v --node n1"));
@@ -128,6 +124,61 @@ fn who_holds_a_volume_is_named_to_whoever_else_wants_it() {
     run(&mut cluster.ctl.command("volume attach v --node n1"));
     run(&mut cluster.ctl.command("volume detach v"));
     run(&mut cluster.ctl.command("volume delete v"));
+}
+
+#[test]
+fn a_volume_goes_where_no_replica_is() {
+    let scratch = Scratch::new("elsewhere");
+    let mut cluster = Cluster::start(&scratch, 4, 512);
+    run(&mut cluster.ctl.command("volume create v --size 64M --on n1,n2,n3"));
+    run(&mut cluster.ctl.command("volume create probe --size 16M --on n1,n2,n3"));
+    let mut probe = Probe::new(&cluster.nodes[0], "probe");
+    probe.write();
+    let pauses: Vec<Duration> =
+        ["n4", "n2", "n4"].into_iter().map(|node| move_under_writes(&cluster, &mut probe, node)).collect();
+    let (_, longest) = median_and_longest(pauses);
+
+    let (args, control) = (load(&cluster), Control::default());
+    let report = thread::scope(|scope| {
+        let load = scope.spawn(|| bench::run_with(&args, &control));
+        run(&mut cluster.ctl.command("volume attach v --node n4 --steal"));
+        wait_for_requests(&control, &load);
+        // A replica that was away is filled by a head that has none, from one of the others.
+        cluster.kill_node(1);
+        cluster.wait_for_sync("v", 2);
+        wait_for_requests(&control, &load);
+        cluster.start_node(1);
+        cluster.wait_for_sync("v", 3);
+        // Its own is filled by it, and read from then on; and it goes on when that is taken out again.
+        run(&mut cluster.ctl.command("volume add-replica v --node n4"));
+        cluster.wait_for_sync("v", 4);
+        wait_for_requests(&control, &load);
+        run(&mut cluster.ctl.command("volume attach v --node n1 --steal"));
+        wait_for_requests(&control, &load);
+        control.finish();
+        load.join().expect("no panic")
+    });
+    let report = report.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(report.errors(), 0, "{report}");
+
+    // What it has nothing to do with any more it does not keep.
+    let removed = cluster.metric(3, "berth_volumes_removed_total");
+    run(&mut cluster.ctl.command("volume detach probe"));
+    let start = Instant::now();
+    drop(probe);
+    while cluster.metric(3, "berth_volumes_removed_total") < removed + 1.0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "node n4 keeps what it has no replica of");
+        thread::park_timeout(Duration::from_millis(10));
+    }
+    print_figure(&format!("moves to a node without a replica: a write waits {longest:.1?} at most"));
+}
+
+/// Until the load has had some more requests answered.
+fn wait_for_requests<T>(control: &Control, load: &thread::ScopedJoinHandle<'_, T>) {
+    let before = control.answered();
+    while control.answered() < before + 200 && !load.is_finished() {
+        thread::park_timeout(Duration::from_millis(5));
+    }
 }
 
 #[test]

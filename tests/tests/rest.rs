@@ -56,6 +56,14 @@ fn a_volume_lives_and_requests_may_be_repeated() {
     assert_eq!(names, ["n1", "n2", "n3"]);
     assert_eq!(api.get("/v1/nodes/n2")["connected"], true);
 
+    for _ in 0..2 {
+        let drained = api.post("/v1/nodes/n2/drain", &json!({}));
+        assert_eq!((drained.status, &drained.json()["draining"]), (200, &json!(true)));
+    }
+    let stays = api.post("/v1/nodes/n2/undrain", &json!({}));
+    assert_eq!((stays.status, &stays.json()["draining"]), (200, &json!(false)));
+    assert_eq!(api.delete("/v1/nodes/n9"), 204, "it is not there");
+
     let wish = json!({"name": "v", "size_bytes": 16 << 20});
     let made = api.post("/v1/volumes", &wish);
     assert_eq!((made.status, &made.json()["in_sync"]), (201, &json!(["n1", "n2", "n3"])));
@@ -165,6 +173,11 @@ fn whoever_sends_nonsense_is_told_and_nobody_else_notices() {
     api.refused(&ask(&api.url, "GET", "/v2", None), 404, "no_such_path", "/v2");
     api.refused(&ask(&api.url, "GET", "/v1/volumes/v", None), 404, "not_found", "there is no volume v");
     api.refused(&ask(&api.url, "GET", "/v1/nodes/n9", None), 404, "not_found", "there is no node n9");
+    for (method, path) in [("POST", "/v1/nodes/n9/drain"), ("POST", "/v1/nodes/n9/undrain")] {
+        api.refused(&ask(&api.url, method, path, None), 404, "not_found", "there is no node n9");
+    }
+    let connected = ask(&api.url, "DELETE", "/v1/nodes/n1", None);
+    api.refused(&connected, 422, "not_possible_now", "node n1 is connected; stop it first");
     api.refused(&ask(&api.url, "GET", "/v1/volumes/%ff", None), 400, "invalid", "");
     api.refused(&ask(&api.url, "DELETE", "/v1/volumes/v?colour=red", None), 400, "invalid", "colour");
     let waits = api.post("/v1/volumes/v/attach", &json!({"node": "n1", "wait_seconds": 1000}));

@@ -40,7 +40,8 @@ const BODY_TIME_MAX: Duration = Duration::from_secs(10);
     info(title = "berth ctl", description = "Replicated block volumes: where they are, who serves them."),
     paths(
         volumes::list, volumes::create, volumes::show, volumes::delete, volumes::attach, volumes::detach,
-        volumes::add_replica, volumes::remove_replica, nodes::list, nodes::show, nodes::status, nodes::health,
+        volumes::add_replica, volumes::remove_replica, nodes::list, nodes::show, nodes::remove,
+        nodes::drain, nodes::undrain, nodes::status, nodes::health,
     ),
     tags(
         (name = "volumes", description = "Volumes and their replicas"),
@@ -60,7 +61,9 @@ pub fn routes(service: ControlService, others: Router) -> Router {
         .route("/v1/volumes/{name}/replicas", post(volumes::add_replica))
         .route("/v1/volumes/{name}/replicas/{node}", axum::routing::delete(volumes::remove_replica))
         .route("/v1/nodes", get(nodes::list))
-        .route("/v1/nodes/{name}", get(nodes::show))
+        .route("/v1/nodes/{name}", get(nodes::show).delete(nodes::remove))
+        .route("/v1/nodes/{name}/drain", post(nodes::drain))
+        .route("/v1/nodes/{name}/undrain", post(nodes::undrain))
         .route("/v1/status", get(nodes::status))
         .route("/v1/openapi.json", get(document))
         .route("/healthz", get(nodes::health))

@@ -50,6 +50,10 @@ pub(super) async fn volumes(service: &ControlService) -> Result<Vec<VolumeReport
     }
 }
 
+pub(super) fn node(reply: Response<proto::NodeReply>) -> Result<NodeReport, ApiError> {
+    NodeReport::of_reply(reply.into_inner()).map_err(own)
+}
+
 pub(super) async fn nodes(service: &ControlService) -> Result<Vec<NodeReport>, ApiError> {
     let list = service.list_nodes(Request::new(proto::ListNodesRequest {})).await?.into_inner();
     NodeReport::all(list).map_err(own)

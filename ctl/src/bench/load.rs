@@ -253,6 +253,7 @@ impl Worker<'_> {
         let Answer { ask, tag, error, data } = answer;
         let tally = &mut counts.tallies[ask.kind as usize];
         counts.last_answer = now;
+        self.control.answered.fetch_add(1, Ordering::Relaxed);
         if error.is_some() {
             tally.errors += 1;
         } else {

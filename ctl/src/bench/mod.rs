@@ -135,6 +135,7 @@ pub struct Control {
     finish: AtomicBool,
     begun: AtomicBool,
     reconnects: AtomicU64,
+    answered: AtomicU64,
 }
 
 impl Control {
@@ -151,6 +152,11 @@ impl Control {
     /// How often, so far, a server came back and (with `--verify`) was found in order.
     pub fn reconnects(&self) -> u64 {
         self.reconnects.load(Ordering::Relaxed)
+    }
+
+    /// Answers so far, errors too.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
     }
 
     fn is_finishing(&self) -> bool {
@@ -348,7 +354,7 @@ fn conclude(
     }
     let mut sectors = 0;
     for (volume, _) in volumes {
-        volume.read_back(connect::<ReadMark>(args, volume.uri(), volume.wish, 16)?)?;
+        volume.conclude()?;
         let verifier = volume.into_verifier().expect("the run verifies");
         sectors += verifier.sectors_checked();
         if let Some(path) = &args.state {

@@ -157,17 +157,7 @@ impl<'a> Volume<'a> {
             if let Some(mut verifier) = self.verifier() {
                 verifier.crashed();
             }
-            let deadline = Instant::now() + self.reconnect;
-            let client = loop {
-                match Client::connect(self.uri(), self.wish, READ_BACK_DEPTH, true, self.patience) {
-                    Ok(client) => break client,
-                    Err(_) if Instant::now() < deadline => {
-                        self.place.fetch_add(1, Ordering::Relaxed);
-                        sleep(RECONNECT_PAUSE);
-                    }
-                    Err(_) => return Err(BenchError::Client { uri: self.uri().to_string(), why }),
-                }
-            };
+            let client = self.reach().map_err(|_| BenchError::Client { uri: self.uri().to_string(), why })?;
             match self.read_back(client) {
                 // The server may be lost again while everything is read, or another one be found to lead.
                 Err(BenchError::Client { why: again @ ClientError::Lost(_), .. }) => {
@@ -177,6 +167,26 @@ impl<'a> Volume<'a> {
                 other => return other,
             }
         }
+    }
+
+    /// A connection to wherever the volume is served now.
+    fn reach(&self) -> Result<Client<ReadMark>, ClientError> {
+        let deadline = Instant::now() + self.reconnect;
+        loop {
+            match Client::connect(self.uri(), self.wish, READ_BACK_DEPTH, true, self.patience) {
+                Ok(client) => return Ok(client),
+                Err(_) if Instant::now() < deadline => {
+                    self.place.fetch_add(1, Ordering::Relaxed);
+                    sleep(RECONNECT_PAUSE);
+                }
+                Err(why) => return Err(why),
+            }
+        }
+    }
+
+    /// The load has ended: reads and checks the whole volume once more.
+    pub(super) fn conclude(&self) -> Result<(), BenchError> {
+        self.read_back(self.reach().map_err(|why| BenchError::Client { uri: self.uri().to_string(), why })?)
     }
 
     /// Reads and checks the whole volume. Without verification there is nothing to do.

@@ -37,7 +37,7 @@ pub fn census(
             labels: info.facts.labels.clone(),
             health: if here.contains(&info.node) { Health::Here } else { Health::Away },
             cordoned: false,
-            draining: false,
+            draining: info.draining,
             capacity_bytes: info.facts.capacity_bytes,
             reserved_bytes: holding.reserved_bytes,
             replicas: holding.replicas,
@@ -88,6 +88,7 @@ mod tests {
             nbd: None,
             peer: "h:1".to_owned(),
             facts: NodeFacts { capacity_bytes: 1 << 30, zone: Some("z".to_owned()), ..NodeFacts::default() },
+            draining: false,
         };
         let record = |blocks, nodes: &[NodeId]| Record::new(VolumeNumber(1), "v", [0; 16], blocks, nodes);
         let first = record(10, &[NodeId(1), NodeId(2)]).with_replica(NodeId(3), 1).expect("it has none");

@@ -83,6 +83,12 @@ pub enum StoreError {
     /// A volume cannot be made on it.
     #[error("there is no node {0}; `berth node list` shows the nodes that have joined")]
     NoNode(NodeName),
+    /// A record names it.
+    #[error(
+        "node {0} has to do with volume {1} still; drain it first with `berth node drain {0}`, and detach what is \
+         attached to it"
+    )]
+    NodeInUse(NodeName, String),
     /// Two replicas on one node would be lost together.
     #[error("node {0} is named twice: each replica needs a node of its own")]
     NodeTwice(NodeName),
@@ -205,6 +211,18 @@ pub trait RecordStore: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`StoreError::Full`], or the store's.
     fn join(&self, joining: &Joining) -> Result<NodeInfo, StoreError>;
+
+    /// Notes that the node gives away what it has, or does not any more.
+    ///
+    /// # Errors
+    /// [`StoreError::NoNode`], or the store's.
+    fn set_draining(&self, name: &NodeName, draining: bool) -> Result<NodeInfo, StoreError>;
+
+    /// Forgets a node that no record names. One that joins under its name has another number.
+    ///
+    /// # Errors
+    /// [`StoreError::NoNode`], [`StoreError::NodeInUse`], or the store's.
+    fn remove_node(&self, name: &NodeName) -> Result<NodeInfo, StoreError>;
 
     /// All nodes, by number.
     ///

@@ -307,7 +307,9 @@ impl RecordStore for RedbStore {
                 }
             };
             let Joining { name, boot, nbd, peer, facts } = joining.clone();
-            let node = NodeInfo { node: NodeId(number), name, boot, nbd, peer, facts };
+            // What is wanted of it stays wanted.
+            let draining = known.is_some() && find_node(&nodes, number)?.draining;
+            let node = NodeInfo { node: NodeId(number), name, boot, nbd, peer, facts, draining };
             let message = node_to_message(&node).encode_to_vec();
             // A node that joins again after a lost connection is no change, and costs no sync.
             let same =
@@ -317,6 +319,49 @@ impl RecordStore for RedbStore {
             }
             names.insert(node.name.as_str(), number).map_err(backend)?;
             nodes.insert(number, message.as_slice()).map_err(backend)?;
+            (node, read_nodes(&nodes)?)
+        };
+        Self::commit(write, &listener, || Change::Nodes(all))?;
+        Ok(node)
+    }
+
+    fn set_draining(&self, name: &NodeName, draining: bool) -> Result<NodeInfo, StoreError> {
+        let listener = self.lock();
+        let write = self.begin()?;
+        let (node, all) = {
+            let names = write.open_table(NODE_NAMES).map_err(backend)?;
+            let mut nodes = write.open_table(NODES).map_err(backend)?;
+            let known = find_named(&names, &nodes, name)?;
+            if known.draining == draining {
+                return Ok(known);
+            }
+            let node = NodeInfo { draining, ..known };
+            let message = node_to_message(&node).encode_to_vec();
+            nodes.insert(node.node.0, message.as_slice()).map_err(backend)?;
+            (node, read_nodes(&nodes)?)
+        };
+        Self::commit(write, &listener, || Change::Nodes(all))?;
+        Ok(node)
+    }
+
+    fn remove_node(&self, name: &NodeName) -> Result<NodeInfo, StoreError> {
+        let listener = self.lock();
+        let write = self.begin()?;
+        let (node, all) = {
+            let mut names = write.open_table(NODE_NAMES).map_err(backend)?;
+            let mut nodes = write.open_table(NODES).map_err(backend)?;
+            let node = find_named(&names, &nodes, name)?;
+            let volumes = write.open_table(VOLUMES).map_err(backend)?;
+            for entry in volumes.iter().map_err(backend)? {
+                let (number, bytes) = entry.map_err(backend)?;
+                let record = decode_record(number.value(), bytes.value())?;
+                let leads = record.living_head().is_some_and(|head| head.node == node.node);
+                if leads || record.attached == Some(node.node) || record.replicas().contains(&node.node) {
+                    return Err(StoreError::NodeInUse(name.clone(), record.name));
+                }
+            }
+            names.remove(name.as_str()).map_err(backend)?;
+            nodes.remove(node.node.0).map_err(backend)?;
             (node, read_nodes(&nodes)?)
         };
         Self::commit(write, &listener, || Change::Nodes(all))?;
@@ -400,6 +445,22 @@ fn decode_record(number: u32, bytes: &[u8]) -> Result<Record, StoreError> {
         return Err(damaged(DamageError::Dangling));
     }
     Ok(record)
+}
+
+fn find_named(
+    names: &impl ReadableTable<&'static str, u32>,
+    nodes: &impl ReadableTable<u32, &'static [u8]>,
+    name: &NodeName,
+) -> Result<NodeInfo, StoreError> {
+    let number = names.get(name.as_str()).map_err(backend)?;
+    find_node(nodes, number.ok_or_else(|| StoreError::NoNode(name.clone()))?.value())
+}
+
+fn find_node(nodes: &impl ReadableTable<u32, &'static [u8]>, number: u32) -> Result<NodeInfo, StoreError> {
+    let damaged = |source| StoreError::Damaged { what: format!("node number {number}"), source };
+    let bytes = nodes.get(number).map_err(backend)?.ok_or_else(|| damaged(DamageError::Dangling))?;
+    let message = proto::Node::decode(bytes.value()).map_err(|error| damaged(error.into()))?;
+    node_from_message(message).map_err(|error| damaged(error.into()))
 }
 
 fn read_nodes(nodes: &impl ReadableTable<u32, &'static [u8]>) -> Result<Vec<NodeInfo>, StoreError> {

@@ -21,6 +21,8 @@ macro_rules! suite {
             of_racing_swaps_one_wins_each_version,
             a_name_keeps_its_node_number,
             numbers_are_never_given_again,
+            what_is_wanted_of_a_node_outlives_its_process,
+            a_node_is_forgotten_only_when_no_record_names_it,
             what_passes_found_is_kept_with_the_volume,
             the_listener_hears_everything_in_order,
         ]);
@@ -307,6 +309,48 @@ pub(super) fn numbers_are_never_given_again(store: &dyn RecordStore) {
     store.delete(&name("v")).expect("deleted");
     assert_eq!(store.create(&wish("v", &["n1"])).expect("created").volume, VolumeNumber(5));
     assert_eq!(store.join(&joining("n4")).expect("joined").node, NodeId(4));
+}
+
+pub(super) fn what_is_wanted_of_a_node_outlives_its_process(store: &dyn RecordStore) {
+    let n1 = "n1".parse().expect("a name");
+    let unknown = store.set_draining(&n1, true).expect_err("it has not joined");
+    assert!(matches!(unknown, StoreError::NoNode(_)), "{unknown}");
+    let joined = store.join(&joining("n1")).expect("joined");
+    assert!(!joined.draining);
+    assert!(store.set_draining(&n1, true).expect("it is there").draining);
+    assert!(store.set_draining(&n1, true).expect("again").draining);
+    let again = store.join(&Joining { boot: 2, ..joining("n1") }).expect("joined");
+    assert!(again.draining && again.boot == 2);
+    assert_eq!(store.nodes().expect("a list"), [again]);
+    assert!(!store.set_draining(&n1, false).expect("it is there").draining);
+}
+
+pub(super) fn a_node_is_forgotten_only_when_no_record_names_it(store: &dyn RecordStore) {
+    let first = with_volume(store);
+    let n1 = "n1".parse().expect("a name");
+    let used = |what: &str| {
+        let error = store.remove_node(&n1).expect_err(what);
+        assert!(matches!(error, StoreError::NodeInUse(..)), "{what}: {error}");
+    };
+    used("it has a replica");
+    let mut without = next(&first);
+    without.in_sync.remove(0);
+    without.attached = Some(NodeId(1));
+    store.compare_and_swap(1, &without).expect("swapped");
+    used("a volume is attached to it");
+    let mut led = Record { attached: None, ..next(&without) };
+    (led.epoch, led.head) = (1, Some(HeadSession { node: NodeId(1), session: 1 }));
+    store.compare_and_swap(2, &led).expect("swapped");
+    used("it leads one");
+    let mut free = next(&led);
+    (free.started, free.last_started, free.released) = (true, 1, 0);
+    store.compare_and_swap(3, &free).expect("swapped");
+    let free = Record { released: 1, ..next(&free) };
+    store.compare_and_swap(4, &free).expect("swapped");
+    assert_eq!(store.remove_node(&n1).expect("nobody names it").node, NodeId(1));
+    let gone = store.remove_node(&n1).expect_err("it is gone");
+    assert!(matches!(gone, StoreError::NoNode(_)), "{gone}");
+    assert_eq!(store.join(&joining("n1")).expect("joined").node, NodeId(4), "it is another one");
 }
 
 pub(super) fn the_listener_hears_everything_in_order(store: &dyn RecordStore) {

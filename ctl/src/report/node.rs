@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use nbd_server::control::convert::{MessageError, NodeInfo, node_from_message};
-use nbd_server::control::proto::{ListNodesReply, NodeState};
+use nbd_server::control::proto::{ListNodesReply, NodeReply, NodeState};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -30,6 +30,10 @@ pub struct NodeReport {
     pub fills: u32,
     /// Volumes that it leads.
     pub heads: u32,
+    /// Volumes that are attached to it.
+    pub attached: u32,
+    /// It gives away what it has, and gets nothing.
+    pub draining: bool,
 }
 
 impl NodeReport {
@@ -52,7 +56,24 @@ impl NodeReport {
             replicas: state.replicas,
             fills: state.fills,
             heads: state.heads,
+            attached: state.attached,
+            draining: node.draining,
         }
+    }
+
+    /// The one of a reply.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn of_reply(reply: NodeReply) -> Result<NodeReport, MessageError> {
+        let node = reply.node.ok_or(MessageError::Missing("node"))?;
+        Ok(NodeReport::new(node_from_message(node)?, reply.state.unwrap_or_default()))
+    }
+
+    /// Nothing would be lost with it: it has no replica.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.replicas == 0
     }
 
     /// All nodes of a list.

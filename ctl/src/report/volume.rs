@@ -28,6 +28,8 @@ pub struct VolumeReport {
     pub stale: Vec<StaleReport>,
     /// Of those catching up or stale: added, and not in sync since.
     pub fresh: Vec<String>,
+    /// Of all replicas: those that are to go, because their nodes are drained.
+    pub leaving: Vec<String>,
     pub min_in_sync: u32,
     pub replicas_wanted: u32,
     /// When the pass over it that is under way began, in seconds since 1970.
@@ -65,6 +67,7 @@ impl VolumeReport {
                 .map(|stale| StaleReport { node: name(stale.node), since_version: stale.since_version })
                 .collect(),
             fresh: all(&record.fresh),
+            leaving: all(&record.leaving),
             min_in_sync: record.min_in_sync,
             replicas_wanted: record.replicas_wanted,
             pass_began_at: passes.began_at,

@@ -20,12 +20,6 @@ enum AttachError {
     /// Whoever has it there still uses it.
     #[error("attached to another node that lives")]
     Held(NodeId),
-    /// It could not read.
-    #[error("no replica on the node")]
-    NoReplica,
-    /// It could not lead before it has been filled.
-    #[error("the node's replica is not in sync")]
-    NotInSync,
     /// Nobody would take the volume.
     #[error("the node is not connected")]
     Away,
@@ -46,12 +40,6 @@ fn attached(
     match record.attached {
         Some(holder) if is_here(holder) && !steal => return Err(AttachError::Held(holder)),
         _ => {}
-    }
-    if !record.replicas().contains(&node) {
-        return Err(AttachError::NoReplica);
-    }
-    if !record.is_in_sync(node) {
-        return Err(AttachError::NotInSync);
     }
     if !is_here(node) {
         return Err(AttachError::Away);
@@ -141,14 +129,6 @@ impl ControlService {
                      with --steal"
                 )
             }
-            AttachError::NoReplica => format!(
-                "node {node} has no replica of volume {key}; give it one with `berth volume add-replica {key} --node \
-                 {node}`, or attach the volume to a node that has one"
-            ),
-            AttachError::NotInSync => format!(
-                "the replica of volume {key} on node {node} is not up to date yet; `berth volume show {key}` tells \
-                 which are"
-            ),
             AttachError::Away => format!("node {node} is not connected to berth ctl; is it running?"),
         };
         Status::failed_precondition(text)
@@ -181,10 +161,10 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_could_not_lead_gets_nothing() {
+    fn any_node_that_is_there_may_lead() {
         let mut stale = record(None).with_replica(NodeId(3), 1).expect("it has none");
-        assert_eq!(attach(&stale, 3, true, &[3]), Err(AttachError::NotInSync));
-        assert_eq!(attach(&stale, 4, true, &[4]), Err(AttachError::NoReplica));
+        assert_eq!(attach(&stale, 3, false, &[3]), Ok(Some(3)), "its replica is not in sync");
+        assert_eq!(attach(&stale, 4, false, &[4]), Ok(Some(4)), "it has no replica");
         assert_eq!(attach(&stale, 2, true, &[1, 3]), Err(AttachError::Away));
         stale.attached = Some(NodeId(2));
         assert_eq!(detached(&stale, Some(NodeId(1)), 7), Err(AttachError::Held(NodeId(2))));

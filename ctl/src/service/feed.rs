@@ -129,6 +129,12 @@ impl Feed {
         self.lock().records.values().map(|(_, record)| Arc::clone(record)).collect()
     }
 
+    /// Is a node drained?
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.lock().nodes.iter().any(|node| node.draining)
+    }
+
     /// Takes the next news, oldest first. None: there are no more now. It may be empty.
     ///
     /// # Errors
@@ -195,9 +201,11 @@ impl Cursor {
     }
 }
 
-/// Has the node a replica or the head?
+/// Has the node a replica or the head, or is it to have the head?
 fn concerns(record: &Record, node: NodeId) -> bool {
-    record.head.is_some_and(|head| head.node == node) || record.replicas().contains(&node)
+    record.attached == Some(node)
+        || record.head.is_some_and(|head| head.node == node)
+        || record.replicas().contains(&node)
 }
 
 #[cfg(test)]
@@ -262,6 +270,11 @@ mod tests {
         feed.apply(told(record(1, 3, &[2])));
         assert_eq!(news(&feed, &mut one), "1:3");
         feed.apply(told(record(1, 4, &[2])));
+        assert_eq!(news(&feed, &mut one), "");
+        feed.apply(told(record(1, 5, &[2]).with_attached(Some(NodeId(1)), 1)));
+        assert_eq!(news(&feed, &mut one), "1:6", "it is to have the head");
+        feed.apply(told(record(1, 7, &[2])));
+        assert_eq!(news(&feed, &mut one), "1:7");
         feed.apply(Change::Gone(VolumeNumber(1)));
         assert_eq!(news(&feed, &mut one), "");
     }

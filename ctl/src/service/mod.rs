@@ -2,6 +2,7 @@
 
 mod attach;
 mod deleting;
+mod draining;
 pub mod feed;
 mod passes;
 mod placing;
@@ -100,7 +101,7 @@ fn status_of(error: &StoreError) -> Status {
         StoreError::Conflict(_) => Status::aborted(text),
         StoreError::NoVolume(_) => Status::not_found(text),
         StoreError::VolumeExists(_) => Status::already_exists(text),
-        StoreError::Attached(..) => Status::failed_precondition(text),
+        StoreError::Attached(..) | StoreError::NodeInUse(..) => Status::failed_precondition(text),
         StoreError::Rule(_)
         | StoreError::NoNode(_)
         | StoreError::NodeTwice(_)
@@ -285,6 +286,20 @@ impl control_server::Control for ControlService {
         Ok(Response::new(self.nodes_and_states().await?))
     }
 
+    async fn drain_node(
+        &self,
+        request: Request<proto::DrainNodeRequest>,
+    ) -> Result<Response<proto::NodeReply>, Status> {
+        self.drain(request.into_inner()).await
+    }
+
+    async fn remove_node(
+        &self,
+        request: Request<proto::RemoveNodeRequest>,
+    ) -> Result<Response<proto::NodeReply>, Status> {
+        self.remove(request.into_inner()).await
+    }
+
     type VerifyVolumeStream = ReceiverStream<Result<proto::CheckReport, Status>>;
 
     async fn verify_volume(
@@ -394,8 +409,13 @@ async fn tell_feed(
             () = watcher.closed() => return,
             alive = changed.changed() => if alive.is_err() { return },
             wish = next_wish(&mut wishes) => {
-                let event = proto::Verify { volume: wish.volume.0, verify: wish.verify };
-                if !send(watcher, watch_event::Event::Verify(event)).await {
+                let event = match wish {
+                    Wish::Verify { volume, verify } => {
+                        watch_event::Event::Verify(proto::Verify { volume: volume.0, verify })
+                    }
+                    Wish::Tend { volume } => watch_event::Event::Tend(volume.0),
+                };
+                if !send(watcher, event).await {
                     return;
                 }
             }

@@ -17,11 +17,13 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::record_store::{RecordStore, StoreError};
 
-/// Somebody wants a volume verified.
+/// What is wanted of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Wish {
-    pub(super) volume: VolumeNumber,
-    pub(super) verify: u64,
+pub(super) enum Wish {
+    /// Somebody wants a volume verified.
+    Verify { volume: VolumeNumber, verify: u64 },
+    /// A volume that nobody leads needs a head, for the sake of its replicas.
+    Tend { volume: VolumeNumber },
 }
 
 /// See the module's text.
@@ -74,11 +76,19 @@ impl Passes {
         let mut state = self.lock();
         let head = record.living_head().map(|head| head.node);
         let mut nodes = head.into_iter().chain(record.attached).chain(record.in_sync.iter().copied());
-        let wish = Wish { volume: record.volume, verify };
+        let wish = Wish::Verify { volume: record.volume, verify };
         nodes.find(|node| state.nodes.get(node).is_some_and(|(_, to)| to.send(wish).is_ok()))?;
         let (sender, receiver) = unbounded_channel();
         state.waiting.insert(verify, sender);
         Some(receiver)
+    }
+
+    /// Has a node lead a volume for a while. One that is not connected hears nothing.
+    pub(super) fn tend(&self, node: NodeId, volume: VolumeNumber) {
+        if let Some((_, to)) = self.lock().nodes.get(&node) {
+            // It may have gone just now.
+            let _ = to.send(Wish::Tend { volume });
+        }
     }
 
     /// Nobody waits for it any more.
@@ -157,7 +167,7 @@ mod tests {
         let (watch, mut second) = passes.watch(NodeId(2));
         (record.epoch, record.head) = (1, Some(HeadSession { node: NodeId(2), session: 1 }));
         let mut told = passes.verify(&record, 6).expect("the head is connected");
-        let wish = |verify| Ok(Wish { volume: VolumeNumber(1), verify });
+        let wish = |verify| Ok(Wish::Verify { volume: VolumeNumber(1), verify });
         assert_eq!(second.try_recv(), wish(6));
         let ends = report(Purpose::Verify(6), PassState::Complete);
         passes.take(&ends);

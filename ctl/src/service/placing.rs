@@ -80,9 +80,13 @@ impl ControlService {
 
     pub(super) async fn nodes_and_states(&self) -> Result<proto::ListNodesReply, Status> {
         let nodes = self.call(|store| store.nodes()).await?;
-        let records = self.feed.records();
-        let states = self.model(&nodes).nodes.iter().map(|node| state(node, &records)).collect();
+        let states = self.states(&nodes);
         Ok(proto::ListNodesReply { nodes: nodes.iter().map(node_to_message).collect(), states })
+    }
+
+    pub(super) fn states(&self, nodes: &[NodeInfo]) -> Vec<proto::NodeState> {
+        let records = self.feed.records();
+        self.model(nodes).nodes.iter().map(|node| state(node, &records)).collect()
     }
 }
 
@@ -95,6 +99,7 @@ fn state(node: &placement::Node, records: &[Arc<Record>]) -> proto::NodeState {
         replicas: count(node.replicas),
         fills: count(node.fills),
         heads: count(heads),
+        attached: count(records.iter().filter(|record| record.attached == Some(node.id)).count()),
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use datapath::record::{NodeId, Record, ReplicaError};
+use datapath::record::{NodeId, Record, ReplicaError, VolumeNumber};
 use nbd_server::control::proto;
 use nbd_server::node_name::NodeName;
 use nbd_server::random::random_number;
@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 use super::{ControlService, invalid, volume_reply};
 use crate::heal::{self, Decision, Presence, Step};
 use crate::record_store::{RecordStore, StoreError, VolumeKey};
+use crate::tending;
 
 /// A record that others change at the same time is tried so often.
 const ATTEMPTS_MAX: usize = 16;
@@ -22,14 +23,20 @@ const ATTEMPTS_MAX: usize = 16;
 const LOOK_MAX: Duration = Duration::from_secs(5);
 const LOOK_MIN: Duration = Duration::from_millis(100);
 
-/// When nodes that are not connected were seen last.
+/// A node is asked again to lead a volume after this time.
+const TEND_AGAIN: Duration = Duration::from_secs(10);
+
+/// When nodes that are not connected were seen last, and when nodes were last asked to lead volumes.
 #[derive(Debug, Default)]
-pub(super) struct Absences(Mutex<BTreeMap<NodeId, Instant>>);
+pub(super) struct Absences {
+    since: Mutex<BTreeMap<NodeId, Instant>>,
+    asked: Mutex<BTreeMap<VolumeNumber, (NodeId, Instant)>>,
+}
 
 impl Absences {
     /// How all these nodes are, if those of `here` are connected.
     fn look(&self, nodes: &[NodeId], here: &[NodeId], now: Instant) -> BTreeMap<NodeId, Presence> {
-        let mut since = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
         since.retain(|node, _| nodes.contains(node) && !here.contains(node));
         let presence = |node: &NodeId| {
             if here.contains(node) {
@@ -39,6 +46,22 @@ impl Absences {
             (*node, Presence::Away(now.duration_since(*since.entry(*node).or_insert(now))))
         };
         nodes.iter().map(presence).collect()
+    }
+
+    /// Those of the wishes that have not been told just now.
+    fn due(&self, wishes: Vec<(VolumeNumber, NodeId)>) -> Vec<(VolumeNumber, NodeId)> {
+        let now = Instant::now();
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let still = |volume: VolumeNumber, to: NodeId| {
+            asked.get(&volume).copied().filter(|(node, at)| *node == to && now < *at + TEND_AGAIN)
+        };
+        let known: BTreeMap<_, _> = wishes
+            .iter()
+            .map(|(volume, node)| (*volume, still(*volume, *node).unwrap_or((*node, now))))
+            .collect();
+        let due = wishes.into_iter().filter(|(volume, node)| still(*volume, *node).is_none()).collect();
+        *asked = known;
+        due
     }
 }
 
@@ -121,13 +144,24 @@ impl ControlService {
         Ok((VolumeKey::Name(volume), name, node))
     }
 
-    /// Gives what nodes held that are gone for `grace` to others, until the service is closed.
-    pub async fn heal_for_ever(self, grace: Duration) {
-        let mut closed = self.feed.watch(None).1;
+    /// Gives what nodes held that are gone for `grace`, or are drained, to others, until the service is closed. Without a
+    /// grace time nobody is ever gone.
+    pub async fn heal_for_ever(self, grace: Option<Duration>) {
+        let (mut closed, mut changed) = (self.feed.watch(None).1, self.feed.watch(None).1);
+        let grace = grace.unwrap_or(Duration::MAX);
         let pause = (grace / 20).clamp(LOOK_MIN, LOOK_MAX);
         loop {
+            changed.borrow_and_update();
+            // What is drained goes on with every step that a head has made.
+            let next = async {
+                if !self.feed.is_draining() || changed.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                tokio::time::sleep(LOOK_MIN).await;
+            };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
+                () = next => {}
                 ended = super::feed::closed(&mut closed) => return ended,
             }
             if let Err(error) = self.heal_once(grace).await {
@@ -141,10 +175,14 @@ impl ControlService {
         let known: Vec<NodeId> = nodes.iter().map(|node| node.node).collect();
         let _one_at_a_time = self.placing.lock().await;
         let presence = self.absences.look(&known, &self.passes.connected(), Instant::now());
-        let steps = heal::steps(&self.feed.records(), self.model(&nodes), &presence, grace);
+        let (records, model) = (self.feed.records(), self.model(&nodes));
+        for (volume, node) in self.absences.due(tending::wishes(&records, &model, &presence, grace)) {
+            self.passes.tend(node, volume);
+        }
+        let steps = heal::steps(&records, model, &presence, grace);
         for decision in steps {
             let step = decision.step;
-            let (Step::Add(volume, node) | Step::Remove(volume, node)) = step;
+            let (volume, node) = step.of();
             let name = nodes.iter().find(|known| known.node == node).map(|known| known.name.to_string());
             let done = self.call(move |store| take(store, decision)).await;
             // The others have their turn all the same.
@@ -154,8 +192,12 @@ impl ControlService {
             });
             if let Some(record) = done {
                 let what = match step {
-                    Step::Add(..) => "a replica was lost: this node gets another one",
+                    Step::Add(..) => "a replica was lost, or is to go: this node gets another one",
                     Step::Remove(..) => "the replica that this node had is not needed any more",
+                    Step::Leave(..) => {
+                        "the node is drained, and enough others have replicas: its own is to go"
+                    }
+                    Step::Stay(..) => "the node is not drained any more: its replica stays",
                 };
                 tracing::info!(volume = record.name, number = volume.0, node = name, "{what}");
             }
@@ -185,7 +227,7 @@ fn reply(
 
 /// Does a step, unless the record has changed since.
 fn take(store: &dyn RecordStore, Decision { step, version }: Decision) -> Result<Option<Record>, StoreError> {
-    let (Step::Add(volume, _) | Step::Remove(volume, _)) = step;
+    let (volume, _) = step.of();
     let record = match store.get(&VolumeKey::Number(volume)) {
         Err(StoreError::NoVolume(_)) => return Ok(None),
         found => found?,
@@ -197,6 +239,8 @@ fn take(store: &dyn RecordStore, Decision { step, version }: Decision) -> Result
     let next = match step {
         Step::Add(_, node) => record.with_replica(node, proposal),
         Step::Remove(_, node) => record.without_replica(node, proposal),
+        Step::Leave(_, node) => record.with_leaving(node, true, proposal),
+        Step::Stay(_, node) => record.with_leaving(node, false, proposal),
     };
     let Ok(next) = next else { return Ok(None) };
     match store.compare_and_swap(record.version, &next) {

@@ -102,9 +102,7 @@ pub fn run(config: &CtlConfig) -> Result<(), CtlError> {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(process("listen"))?;
         let service = ControlService::new(Arc::new(store))?.with_overcommit(config.overcommit_percent);
-        if let Some(grace) = config.replace_after {
-            tokio::spawn(service.clone().heal_for_ever(grace));
-        }
+        tokio::spawn(service.clone().heal_for_ever(config.replace_after));
         println!("ready http://{address}");
         serve(service, listener, stopped(stop)).await?;
         Ok(())

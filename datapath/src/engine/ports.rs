@@ -160,6 +160,11 @@ pub enum Event {
         /// Its lineage.
         lineage: [u8; 16],
     },
+    /// Something has to be done for the replicas of a volume: the node leads it for a while, if nobody else does.
+    Tend {
+        /// Which volume.
+        volume: VolumeNumber,
+    },
     /// Somebody wants all replicas in sync of a volume compared. [`Engine::poll_check_report`] tells what comes of it.
     Verify {
         /// Which volume.

@@ -391,6 +391,7 @@ impl Engine for EchoEngine {
             | Event::PeerUnreachable { .. }
             | Event::Record(_)
             | Event::Deleted { .. }
+            | Event::Tend { .. }
             | Event::Verify { .. } => panic!("an echo has no peers"),
             Event::Told { .. } | Event::Adopted { .. } => panic!("echoes do not talk to each other"),
         }

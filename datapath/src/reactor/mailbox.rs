@@ -70,6 +70,11 @@ pub enum Message<R> {
         /// Its lineage.
         lineage: [u8; 16],
     },
+    /// Lead a volume for a while, if nobody else does.
+    Tend {
+        /// Which volume.
+        volume: VolumeNumber,
+    },
     /// Compare all replicas in sync of a volume.
     Verify {
         /// Which volume.

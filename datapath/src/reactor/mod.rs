@@ -544,6 +544,7 @@ impl<E: Engine<Memory = Arena>> Reactor<E> {
             Message::Deleted { volume, lineage } => {
                 self.pending.push_back(Event::Deleted { volume, lineage });
             }
+            Message::Tend { volume } => self.pending.push_back(Event::Tend { volume }),
             Message::Verify { volume, verify } => {
                 self.pending.push_back(Event::Verify { volume, verify });
             }

@@ -46,11 +46,15 @@ pub enum PlantedBug {
     RoomIgnored,
     /// A head that lets go of its volume serves until it reads in the record that it has.
     ReadsAfterRelease,
+    /// A head reads from its own replica though that is not in sync.
+    ReadsOwnStale,
+    /// A member that says what was changed leaves out what was released.
+    ReleasesNotListed,
 }
 
 impl PlantedBug {
     /// All of them, with the names that the simulator's command line uses.
-    pub const ALL: [(PlantedBug, &'static str); 20] = [
+    pub const ALL: [(PlantedBug, &'static str); 22] = [
         (PlantedBug::AckBeforeAdmission, "ack-before-admission"),
         (PlantedBug::ClaimWhileFilling, "claim-while-filling"),
         (PlantedBug::CopyWins, "copy-wins"),
@@ -71,6 +75,8 @@ impl PlantedBug {
         (PlantedBug::OldBytesLast, "old-bytes-last"),
         (PlantedBug::RoomIgnored, "room-ignored"),
         (PlantedBug::ReadsAfterRelease, "reads-after-release"),
+        (PlantedBug::ReadsOwnStale, "reads-own-stale"),
+        (PlantedBug::ReleasesNotListed, "releases-not-listed"),
     ];
 }
 

@@ -73,6 +73,8 @@ pub enum Step {
     },
     /// Read the change out of the log and answer.
     Fetch(u64),
+    /// Find out which blocks the log changed, and answer.
+    ListChanged,
     /// Read the blocks of the volume and answer.
     Read,
     /// Read the blocks of the volume and tell what they are, or append these as a copy, and answer.
@@ -201,6 +203,9 @@ impl Member {
             PeerMessage::Change { epoch, change, .. } => self.under(epoch, |member| member.take(change)),
             PeerMessage::Fetch { epoch, sequence } => self.under(epoch, |_| Step::Fetch(sequence)),
             PeerMessage::Read { epoch, .. } => self.under(epoch, |member| member.if_whole(Step::Read)),
+            PeerMessage::ListChanged { epoch, .. } => {
+                self.under(epoch, |member| member.if_whole(Step::ListChanged))
+            }
             PeerMessage::Check(check) if !check.is_answer() => {
                 self.under(check.epoch(), |member| member.if_whole(Step::Check))
             }

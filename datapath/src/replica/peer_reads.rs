@@ -1,4 +1,5 @@
-//! Reads that the head's own replica cannot answer, because what it holds is damaged: another replica in sync is asked.
+//! Reads that the head's own replica cannot answer, because what it holds is damaged, or because there is none in sync:
+//! another replica is asked.
 //!
 //! ```text
 //!   damaged ──▶ waiting ──▶ asked of a member ──▶ its blocks: for whoever reads, and for the own log
@@ -6,12 +7,16 @@
 //!                  └───────────────┘ until nobody is left: an error
 //! ```
 //!
+//! Where there is no own replica, the volume is served as long as members are: such a read waits for those that are silent or
+//! gone, and is an error only when each has said that it cannot give the blocks.
+//!
 //! A member in sync has everything that was committed when it is asked, so what it answers is no older than the read. It is
 //! asked while no change of these blocks is under way. If one comes before the answer, the answer may be of before or after
 //! it: whoever reads waits until that change is committed, like any read, and the blocks are not put into the own log, where
 //! they would come behind the change. If none comes, they are what the volume holds there in every continuation of the
 //! order, so they may enter the own log anywhere before the next change of these blocks.
 
+use crate::limits::PIECE_BLOCKS_MAX;
 use crate::record::NodeId;
 use crate::units::Moment;
 
@@ -20,14 +25,20 @@ use crate::units::Moment;
 const PATIENCE_NS: u64 = 3_000_000_000;
 /// Reads of a volume that are asked for at a time: each may bring a piece of data.
 const ASKED_MAX: usize = 4;
+/// Where every read goes to a member: so many blocks are asked for at a time, or one read.
+const BLOCKS_ASKED_MAX: u32 = 4 * PIECE_BLOCKS_MAX;
 
 #[derive(Debug)]
 struct PeerRead {
     read: u64,
     block: u32,
     count: u32,
+    /// There is no own replica.
+    elsewhere: bool,
     /// Whom it was asked of in vain.
     tried: Vec<NodeId>,
+    /// Those of them that have said that they cannot give the blocks.
+    refused: Vec<NodeId>,
     asked: Option<NodeId>,
     /// Since when it waits, or is asked for.
     since: Moment,
@@ -43,6 +54,17 @@ impl PeerRead {
     fn wait(&mut self, now: Moment) {
         self.tried.extend(self.asked.take());
         self.since = now;
+    }
+
+    /// Nobody is left who could be asked. True if that is for good.
+    fn is_without_source(&mut self, now: Moment, others: &[NodeId]) -> bool {
+        let refused = &self.refused;
+        if !self.elsewhere || !others.is_empty() && others.iter().all(|node| refused.contains(node)) {
+            return true;
+        }
+        self.tried.clone_from(&self.refused);
+        self.since = now;
+        false
     }
 }
 
@@ -84,10 +106,28 @@ pub struct PeerReads {
 impl PeerReads {
     /// The own replica cannot give these blocks. Returns the read's number, which is given once.
     pub fn begin(&mut self, now: Moment, block: u32, count: u32) -> u64 {
+        self.begin_read(now, (block, count), false)
+    }
+
+    /// There is no own replica that could give these blocks.
+    pub fn begin_elsewhere(&mut self, now: Moment, block: u32, count: u32) -> u64 {
+        self.begin_read(now, (block, count), true)
+    }
+
+    fn begin_read(&mut self, now: Moment, (block, count): (u32, u32), elsewhere: bool) -> u64 {
         self.begun += 1;
-        let (read, tried) = (self.begun, Vec::new());
-        self.reads.push(PeerRead { read, block, count, tried, asked: None, since: now, disturbed: false });
-        read
+        self.reads.push(PeerRead {
+            read: self.begun,
+            block,
+            count,
+            elsewhere,
+            tried: Vec::new(),
+            refused: Vec::new(),
+            asked: None,
+            since: now,
+            disturbed: false,
+        });
+        self.begun
     }
 
     /// The head has numbered a change.
@@ -111,22 +151,34 @@ impl PeerReads {
                 read.wait(now);
             }
         }
-        let asked = self.reads.iter().filter(|read| read.asked.is_some()).count();
+        let asked = || self.reads.iter().filter(|read| read.asked.is_some());
+        let (reads_asked, blocks_asked) = (asked().count(), asked().map(|read| read.count).sum::<u32>());
         for index in 0..self.reads.len() {
             let read = &mut self.reads[index];
             if read.asked.is_some() {
                 continue;
             }
             let waited = read.since.after_ns(PATIENCE_NS) <= now;
-            let untried: Vec<NodeId> =
-                others.iter().copied().filter(|node| !read.tried.contains(node)).collect();
-            let next = untried.iter().copied().find(|node| can_ask(*node));
-            if untried.is_empty() || waited && next.is_none() {
-                let read = self.reads.remove(index).read;
-                return Some(Turn::GiveUp { read });
+            let untried = || others.iter().copied().filter(|node| !read.tried.contains(node));
+            let ready: Vec<NodeId> = untried().filter(|node| can_ask(*node)).collect();
+            if untried().next().is_none() || waited && ready.is_empty() {
+                if read.is_without_source(now, others) {
+                    let read = self.reads.remove(index).read;
+                    return Some(Turn::GiveUp { read });
+                }
+                continue;
             }
             let disturbed = is_pending(read.block, read.count);
-            let Some(member) = next.filter(|_| waited || !disturbed && asked < ASKED_MAX) else { continue };
+            let room = match read.elsewhere {
+                true => blocks_asked == 0 || blocks_asked + read.count <= BLOCKS_ASKED_MAX,
+                false => reads_asked < ASKED_MAX,
+            };
+            if ready.is_empty() || !waited && (disturbed || !room) {
+                continue;
+            }
+            // Where every read goes to a member, each has its share.
+            let turn = if read.elsewhere { usize::try_from(read.read).unwrap_or(0) % ready.len() } else { 0 };
+            let member = ready[turn];
             let PeerRead { read: number, block, count, .. } = *read;
             (read.asked, read.since, read.disturbed) = (Some(member), now, disturbed);
             return Some(Turn::Ask { member, read: number, block, count });
@@ -147,6 +199,7 @@ impl PeerReads {
     pub fn refused(&mut self, now: Moment, member: NodeId, read: u64) {
         let found = self.reads.iter_mut().find(|known| known.read == read && known.asked == Some(member));
         if let Some(read) = found {
+            read.refused.push(member);
             read.wait(now);
         }
     }
@@ -253,6 +306,41 @@ mod tests {
         assert_eq!(reads.turn(at(5000), &BOTH, |_| false, |_, _| false), Some(Turn::GiveUp { read }));
         let read = reads.begin(at(0), 100, 8);
         assert_eq!(reads.turn(at(0), &[], |_| true, |_, _| false), Some(Turn::GiveUp { read }), "alone");
+    }
+
+    #[test]
+    fn where_there_is_no_own_replica_a_read_waits_for_those_that_are_silent() {
+        let mut reads = PeerReads::default();
+        let read = reads.begin_elsewhere(at(0), 100, 8);
+        assert_eq!(turn(&mut reads, 0), ask(B, read), "each has its share");
+        assert_eq!(turn(&mut reads, 3000), ask(A, read));
+        assert_eq!((turn(&mut reads, 6000), reads.poll_timeout()), (None, Some(at(9000))), "both are silent");
+        assert_eq!(turn(&mut reads, 6000), ask(B, read), "and asked again");
+        reads.refused(at(6001), B, read);
+        assert_eq!(turn(&mut reads, 6001), ask(A, read));
+        // Nobody is there now, and only one has said that it cannot give them.
+        for now in [9001, 12_001, 15_001] {
+            assert_eq!(reads.turn(at(now), &BOTH, |_| false, |_, _| false), None);
+            assert_eq!(reads.turn(at(now), &[], |_| false, |_, _| false), None);
+        }
+        assert_eq!(turn(&mut reads, 15_002), ask(A, read));
+        reads.refused(at(15_003), A, read);
+        assert_eq!(turn(&mut reads, 15_003), Some(Turn::GiveUp { read }), "nobody has it");
+    }
+
+    #[test]
+    fn where_every_read_goes_to_a_member_blocks_are_counted() {
+        let mut reads = PeerReads::default();
+        let small: Vec<u64> = (0..100).map(|block| reads.begin_elsewhere(at(0), block, 1)).collect();
+        let asked = |reads: &mut PeerReads| std::iter::from_fn(|| turn(reads, 0)).count();
+        assert_eq!(asked(&mut reads), small.len());
+        let large: Vec<u64> = (0..5)
+            .map(|piece| reads.begin_elsewhere(at(0), piece * PIECE_BLOCKS_MAX, PIECE_BLOCKS_MAX))
+            .collect();
+        assert_eq!(asked(&mut reads), 3, "of four pieces' worth a part is taken");
+        reads.clear();
+        let huge = reads.begin_elsewhere(at(0), 0, BLOCKS_ASKED_MAX + 1);
+        assert_eq!(asked(&mut reads), 1, "one is always asked for: {huge} after {large:?}");
     }
 
     #[test]

@@ -26,6 +26,7 @@
 
 mod check;
 mod room;
+mod words;
 
 use super::WireError;
 use super::fields::Fields;
@@ -36,6 +37,7 @@ use crate::units::BLOCK_BYTES;
 
 pub use check::{CHECKED_BLOCKS_MAX, CheckMessage, FEATURE_CHECKS};
 pub use room::{RoomAnswer, RoomQuestion};
+use words::Words;
 
 const MAGIC: &[u8; 4] = b"BRTP";
 const VERSION: u8 = 2;
@@ -80,6 +82,12 @@ pub struct ChangeHeader {
 }
 
 impl ChangeHeader {
+    /// First block and count.
+    #[must_use]
+    pub fn blocks(&self) -> (u32, u32) {
+        (self.block, self.count)
+    }
+
     /// Blocks that come with it.
     #[must_use]
     pub fn payload_blocks(&self) -> u32 {
@@ -215,6 +223,38 @@ pub enum PeerMessage {
         /// These were all.
         known: bool,
     },
+    /// The head has no replica in sync of its own, and fills another one: it asks a member that has all which blocks were
+    /// changed after this stamp.
+    ListChanged {
+        /// By whose authority.
+        epoch: u32,
+        /// Which fill it is for.
+        fill: u64,
+        /// The stamp.
+        base: Stamp,
+    },
+    /// Some of these blocks, all of one leaf of the map.
+    Changed {
+        /// What the member promised.
+        epoch: u32,
+        /// Which fill it is for.
+        fill: u64,
+        /// They are changed if they are holes. If not, they are changed whatever they are.
+        if_holes: bool,
+        /// First block.
+        block: u32,
+        /// How many.
+        count: u32,
+    },
+    /// These were all, or the member cannot tell.
+    Listed {
+        /// What the member promised.
+        epoch: u32,
+        /// Which fill it is for.
+        fill: u64,
+        /// These were all.
+        known: bool,
+    },
     /// The head is going to fill the member: whatever it holds, its order goes on after this stamp. Changes follow at once,
     /// copies when the member has stored this.
     Fill {
@@ -269,7 +309,7 @@ pub enum PeerMessage {
         /// What the member promised.
         epoch: u32,
     },
-    /// The head's own replica cannot give these blocks: it asks for them as another one holds them.
+    /// The head's own replica cannot give these blocks, or it has none: it asks for them as another one holds them.
     Read {
         /// By whose authority.
         epoch: u32,
@@ -282,6 +322,17 @@ pub enum PeerMessage {
     },
     /// The blocks asked for, as payload; holes are zeroes.
     Blocks {
+        /// What the member promised.
+        epoch: u32,
+        /// Which question.
+        read: u64,
+        /// First block.
+        block: u32,
+        /// How many: at most a piece.
+        count: u32,
+    },
+    /// All blocks asked for are holes.
+    Holes {
         /// What the member promised.
         epoch: u32,
         /// Which question.
@@ -322,6 +373,45 @@ pub enum PeerMessage {
     },
 }
 
+impl PeerMessage {
+    /// Does a member send it to a head, and not the other way round?
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        match self {
+            PeerMessage::Hello(_)
+            | PeerMessage::Promise { .. }
+            | PeerMessage::Change { .. }
+            | PeerMessage::Fetch { .. }
+            | PeerMessage::Compare { .. }
+            | PeerMessage::ListChanged { .. }
+            | PeerMessage::Fill { .. }
+            | PeerMessage::Copy { .. }
+            | PeerMessage::Filled { .. }
+            | PeerMessage::Read { .. }
+            | PeerMessage::Lease { .. } => false,
+            PeerMessage::Promised { .. }
+            | PeerMessage::Refused { .. }
+            | PeerMessage::Ack { .. }
+            | PeerMessage::Gap { .. }
+            | PeerMessage::Fetched { .. }
+            | PeerMessage::FetchGone { .. }
+            | PeerMessage::Leased { .. }
+            | PeerMessage::Surplus { .. }
+            | PeerMessage::Compared { .. }
+            | PeerMessage::Changed { .. }
+            | PeerMessage::Listed { .. }
+            | PeerMessage::Filling { .. }
+            | PeerMessage::Copied { .. }
+            | PeerMessage::Complete { .. }
+            | PeerMessage::NoRoom { .. }
+            | PeerMessage::Blocks { .. }
+            | PeerMessage::Holes { .. }
+            | PeerMessage::Unreadable { .. } => true,
+            PeerMessage::Check(check) => check.is_answer(),
+        }
+    }
+}
+
 /// A message's frame: what it is, about which volume, and what follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerFrame {
@@ -329,48 +419,6 @@ pub struct PeerFrame {
     pub volume: VolumeNumber,
     /// The message.
     pub message: PeerMessage,
-}
-
-mod kind {
-    pub(super) const HELLO: u8 = 1;
-    pub(super) const PROMISE: u8 = 2;
-    pub(super) const PROMISED: u8 = 3;
-    pub(super) const REFUSED: u8 = 4;
-    pub(super) const CHANGE: u8 = 5;
-    pub(super) const ACK: u8 = 6;
-    pub(super) const GAP: u8 = 7;
-    pub(super) const FETCH: u8 = 8;
-    pub(super) const FETCHED: u8 = 9;
-    pub(super) const FETCH_GONE: u8 = 10;
-    pub(super) const LEASE: u8 = 11;
-    pub(super) const LEASED: u8 = 12;
-    pub(super) const FILL: u8 = 13;
-    pub(super) const FILLING: u8 = 14;
-    pub(super) const COPY: u8 = 15;
-    pub(super) const COPIED: u8 = 16;
-    pub(super) const FILLED: u8 = 17;
-    pub(super) const COMPLETE: u8 = 18;
-    pub(super) const NO_ROOM: u8 = 22;
-    pub(super) const COMPARE: u8 = 30;
-    pub(super) const SURPLUS: u8 = 31;
-    pub(super) const COMPARED: u8 = 32;
-    pub(super) const READ: u8 = 19;
-    pub(super) const BLOCKS: u8 = 20;
-    pub(super) const UNREADABLE: u8 = 21;
-}
-
-/// The header's fields that messages use, whatever they mean to each.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Words {
-    kind: u8,
-    change: u8,
-    epoch: u32,
-    block: u32,
-    count: u32,
-    stamp: Stamp,
-    previous: Stamp,
-    new_blocks: u32,
-    number: u64,
 }
 
 impl PeerFrame {
@@ -439,80 +487,6 @@ impl PeerFrame {
         }
     }
 
-    fn words(&self) -> Words {
-        let plain = |kind, epoch| Words { kind, epoch, ..Words::default() };
-        let of_fill = |kind, epoch, fill| Words { number: fill, ..plain(kind, epoch) };
-        let of_read =
-            |kind, epoch, read, (block, count)| Words { block, count, number: read, ..plain(kind, epoch) };
-        let of_change = |words: Words, change: ChangeHeader| Words {
-            change: change_code(change.kind),
-            block: change.block,
-            count: change.count,
-            stamp: change.stamp,
-            previous: change.previous,
-            new_blocks: change.new_blocks,
-            ..words
-        };
-        match self.message {
-            PeerMessage::Hello(_) => plain(kind::HELLO, 0),
-            PeerMessage::Promise { epoch } => plain(kind::PROMISE, epoch),
-            PeerMessage::Promised { epoch, last, granted_ns } => {
-                Words { stamp: last, number: granted_ns, ..plain(kind::PROMISED, epoch) }
-            }
-            PeerMessage::Refused { promised } => plain(kind::REFUSED, promised),
-            PeerMessage::Change { epoch, change, committed } => {
-                of_change(Words { number: committed, ..plain(kind::CHANGE, epoch) }, change)
-            }
-            PeerMessage::Ack { epoch, through } => Words { number: through, ..plain(kind::ACK, epoch) },
-            PeerMessage::Gap { epoch, last } => Words { stamp: last, ..plain(kind::GAP, epoch) },
-            PeerMessage::Fetch { epoch, sequence } => Words { number: sequence, ..plain(kind::FETCH, epoch) },
-            PeerMessage::Fetched { epoch, change } => of_change(plain(kind::FETCHED, epoch), change),
-            PeerMessage::FetchGone { epoch, sequence } => {
-                Words { number: sequence, ..plain(kind::FETCH_GONE, epoch) }
-            }
-            PeerMessage::Lease { epoch, asked_ns, committed, room } => {
-                let stamp = Stamp { epoch: 0, sequence: committed };
-                Words { number: asked_ns, stamp, ..plain(kind::LEASE, epoch) }.with_question(room)
-            }
-            PeerMessage::Leased { epoch, asked_ns, room } => {
-                Words { number: asked_ns, ..plain(kind::LEASED, epoch) }.with_answer(room)
-            }
-            PeerMessage::Compare { epoch, fill, base } => {
-                Words { stamp: base, ..of_fill(kind::COMPARE, epoch, fill) }
-            }
-            PeerMessage::Surplus { epoch, fill, block, count } => {
-                Words { block, count, ..of_fill(kind::SURPLUS, epoch, fill) }
-            }
-            PeerMessage::Compared { epoch, fill, known } => {
-                Words { count: known.into(), ..of_fill(kind::COMPARED, epoch, fill) }
-            }
-            PeerMessage::Fill { epoch, after, fill } => {
-                Words { stamp: after, ..of_fill(kind::FILL, epoch, fill) }
-            }
-            PeerMessage::Filling { epoch, fill } => of_fill(kind::FILLING, epoch, fill),
-            PeerMessage::Copy { epoch, fill, copy } => Words {
-                change: change_code(if copy.data { ChangeKind::Data } else { ChangeKind::Zero }),
-                block: copy.block,
-                count: copy.count,
-                ..of_fill(kind::COPY, epoch, fill)
-            },
-            PeerMessage::Copied { epoch, fill, copies } => {
-                Words { count: copies, ..of_fill(kind::COPIED, epoch, fill) }
-            }
-            PeerMessage::Filled { epoch, fill } => of_fill(kind::FILLED, epoch, fill),
-            PeerMessage::Complete { epoch, fill } => of_fill(kind::COMPLETE, epoch, fill),
-            PeerMessage::NoRoom { epoch } => plain(kind::NO_ROOM, epoch),
-            PeerMessage::Read { epoch, read, block, count } => {
-                of_read(kind::READ, epoch, read, (block, count))
-            }
-            PeerMessage::Blocks { epoch, read, block, count } => {
-                of_read(kind::BLOCKS, epoch, read, (block, count))
-            }
-            PeerMessage::Unreadable { epoch, read } => of_read(kind::UNREADABLE, epoch, read, (0, 0)),
-            PeerMessage::Check(message) => message.words(),
-        }
-    }
-
     /// How long the body is that follows this header. Nothing but the magic number, the version and the lengths has been
     /// checked when this returns: the rest needs the body.
     ///
@@ -570,104 +544,6 @@ impl PeerFrame {
     pub fn checksums(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
         let body = &bytes[PEER_HEADER_BYTES..];
         body.chunks_exact(4).map(|crc| u32::from_be_bytes(crc.try_into().expect("four bytes")))
-    }
-}
-
-impl Words {
-    fn message(self, body: &[u8]) -> Result<PeerMessage, WireError> {
-        let Words { epoch, stamp, number, .. } = self;
-        Ok(match self.kind {
-            kind::HELLO => {
-                let mut fields = Fields::new(body);
-                let node = NodeId(fields.u32()?);
-                let _ = fields.u32()?;
-                PeerMessage::Hello(Hello { node, boot: fields.u64()?, features: fields.u64()? })
-            }
-            kind::PROMISE => PeerMessage::Promise { epoch },
-            kind::PROMISED => PeerMessage::Promised { epoch, last: stamp, granted_ns: number },
-            kind::REFUSED => PeerMessage::Refused { promised: epoch },
-            kind::CHANGE => PeerMessage::Change { epoch, change: self.change()?, committed: number },
-            kind::ACK => PeerMessage::Ack { epoch, through: number },
-            kind::GAP => PeerMessage::Gap { epoch, last: stamp },
-            kind::FETCH => PeerMessage::Fetch { epoch, sequence: number },
-            kind::FETCHED => PeerMessage::Fetched { epoch, change: self.change()? },
-            kind::FETCH_GONE => PeerMessage::FetchGone { epoch, sequence: number },
-            kind::LEASE => PeerMessage::Lease {
-                epoch,
-                asked_ns: number,
-                committed: stamp.sequence,
-                room: self.question()?,
-            },
-            kind::LEASED => PeerMessage::Leased { epoch, asked_ns: number, room: self.answer()? },
-            kind::NO_ROOM => PeerMessage::NoRoom { epoch },
-            kind::FILL | kind::COMPARE if stamp.epoch > epoch => return Err(WireError::Range),
-            kind::COMPARE => PeerMessage::Compare { epoch, fill: number, base: stamp },
-            kind::SURPLUS => {
-                let CopyHeader { block, count, .. } = self.blocks_of_a_leaf(false)?;
-                PeerMessage::Surplus { epoch, fill: number, block, count }
-            }
-            kind::COMPARED if self.count > 1 => return Err(WireError::Range),
-            kind::COMPARED => PeerMessage::Compared { epoch, fill: number, known: self.count == 1 },
-            kind::FILL => PeerMessage::Fill { epoch, after: stamp, fill: number },
-            kind::FILLING => PeerMessage::Filling { epoch, fill: number },
-            kind::COPY => PeerMessage::Copy { epoch, fill: number, copy: self.copy()? },
-            kind::COPIED => PeerMessage::Copied { epoch, fill: number, copies: self.count },
-            kind::FILLED => PeerMessage::Filled { epoch, fill: number },
-            kind::COMPLETE => PeerMessage::Complete { epoch, fill: number },
-            kind::READ => {
-                let (block, count) = self.piece()?;
-                PeerMessage::Read { epoch, read: number, block, count }
-            }
-            kind::BLOCKS => {
-                let (block, count) = self.piece()?;
-                PeerMessage::Blocks { epoch, read: number, block, count }
-            }
-            kind::UNREADABLE => PeerMessage::Unreadable { epoch, read: number },
-            _ => PeerMessage::Check(CheckMessage::from_words(self)?),
-        })
-    }
-
-    /// Some blocks, at most a piece.
-    fn piece(self) -> Result<(u32, u32), WireError> {
-        let inside =
-            (1..=PIECE_BLOCKS_MAX).contains(&self.count) && self.block.checked_add(self.count - 1).is_some();
-        if inside { Ok((self.block, self.count)) } else { Err(WireError::Range) }
-    }
-
-    /// A copy of sense: some blocks of one leaf, and no trim, which leaves zeroes like any other.
-    fn copy(self) -> Result<CopyHeader, WireError> {
-        let data = match change_of_code(self.change)? {
-            ChangeKind::Data => true,
-            ChangeKind::Zero => false,
-            ChangeKind::Trim => return Err(WireError::Range),
-        };
-        self.blocks_of_a_leaf(data)
-    }
-
-    /// Some blocks of one leaf; no more than a piece if they come with data.
-    fn blocks_of_a_leaf(self, data: bool) -> Result<CopyHeader, WireError> {
-        let most = if data { PIECE_BLOCKS_MAX } else { RELEASED_BLOCKS_MAX };
-        let one_leaf = self.count <= RELEASED_BLOCKS_MAX - self.block % RELEASED_BLOCKS_MAX;
-        if !(1..=most).contains(&self.count) || !one_leaf {
-            return Err(WireError::Range);
-        }
-        Ok(CopyHeader { data, block: self.block, count: self.count })
-    }
-
-    /// A change of sense: some blocks, and a predecessor that can have come before it.
-    fn change(self) -> Result<ChangeHeader, WireError> {
-        let kind = change_of_code(self.change)?;
-        let most = if kind == ChangeKind::Data { PIECE_BLOCKS_MAX } else { RELEASED_BLOCKS_MAX };
-        let sensible = (1..=most).contains(&self.count)
-            && self.block.checked_add(self.count - 1).is_some()
-            && self.stamp.sequence > 0
-            && self.previous.epoch <= self.stamp.epoch
-            && self.new_blocks <= if kind == ChangeKind::Data { self.count } else { 0 };
-        if !sensible {
-            return Err(WireError::Range);
-        }
-        let Words { block, count, stamp, previous, new_blocks, .. } = self;
-        Ok(ChangeHeader { kind, block, count, stamp, previous, new_blocks })
     }
 }
 

@@ -36,6 +36,8 @@ pub struct NodeInfo {
     pub peer: String,
     /// What placement goes by.
     pub facts: NodeFacts,
+    /// Somebody wants its replicas elsewhere.
+    pub draining: bool,
 }
 
 /// What is wrong with a message.
@@ -101,6 +103,9 @@ pub enum MessageError {
     /// One in sync holds what all of them hold, and one that is not there holds nothing.
     #[error("fresh: node {0} is neither catching up nor stale")]
     FreshElsewhere(u32),
+    /// Only what is there can go.
+    #[error("leaving: node {0} has no replica")]
+    LeavesNothing(u32),
     /// A replica cannot have been left out by a version that is still to come.
     #[error("stale: node {0} is left out since a version that is not there yet")]
     StaleAhead(u32),
@@ -155,6 +160,7 @@ pub fn record_to_message(record: &Record) -> proto::Record {
             .collect(),
         min_in_sync: record.min_in_sync,
         fresh: numbers(&record.fresh),
+        leaving: numbers(&record.leaving),
         replicas_wanted: record.replicas_wanted,
         attached: record.attached.map_or(0, |node| node.0),
         released: record.released,
@@ -202,6 +208,7 @@ pub fn record_from_message(message: proto::Record) -> Result<Record, MessageErro
         stale: stale.collect::<Result<_, MessageError>>()?,
         min_in_sync: message.min_in_sync,
         fresh: nodes("fresh", &message.fresh)?,
+        leaving: nodes("leaving", &message.leaving)?,
         // Records of a time when no replica could be added say nothing.
         replicas_wanted: match message.replicas_wanted {
             0 => u32::try_from(all).expect("checked above"),
@@ -218,6 +225,7 @@ pub fn record_from_message(message: proto::Record) -> Result<Record, MessageErro
 /// Before anything is copied.
 fn check_counts(message: &proto::Record) -> Result<(), MessageError> {
     let replicas = message.in_sync.len() + message.catching_up.len() + message.stale.len();
+    let replicas = replicas.max(message.leaving.len()).max(message.fresh.len());
     let lists =
         [("replicas", replicas, REPLICAS_MAX), ("epoch_ends", message.epoch_ends.len(), EPOCH_ENDS_MAX)];
     match lists.into_iter().find(|(_, count, most)| count > most) {
@@ -275,6 +283,7 @@ fn check_lists(record: &Record) -> Result<(), MessageError> {
         ("catching_up", record.catching_up.is_sorted_by(|one, next| one < next)),
         ("stale", record.stale.is_sorted_by(|one, next| one.node < next.node)),
         ("fresh", record.fresh.is_sorted_by(|one, next| one < next)),
+        ("leaving", record.leaving.is_sorted_by(|one, next| one < next)),
         ("epoch_ends", record.epoch_ends.is_sorted_by(|one, next| one.epoch < next.epoch)),
     ];
     if let Some((list, _)) = lists.into_iter().find(|(_, sorted)| !sorted) {
@@ -286,6 +295,9 @@ fn check_lists(record: &Record) -> Result<(), MessageError> {
     }
     if let Some(pair) = replicas.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(MessageError::TwoStates(pair[0].0));
+    }
+    if let Some(node) = record.leaving.iter().find(|node| !replicas.contains(node)) {
+        return Err(MessageError::LeavesNothing(node.0));
     }
     let is_elsewhere = |node: &&NodeId| record.is_in_sync(**node) || !replicas.contains(node);
     match record.fresh.iter().find(is_elsewhere) {
@@ -333,6 +345,7 @@ pub fn node_to_message(node: &NodeInfo) -> proto::Node {
         nbd_address: node.nbd.clone().unwrap_or_default(),
         peer_address: node.peer.clone(),
         facts: Some(facts_to_message(&node.facts)),
+        draining: node.draining,
     }
 }
 
@@ -348,6 +361,7 @@ pub fn node_from_message(message: proto::Node) -> Result<NodeInfo, MessageError>
         nbd: optional_address("nbd_address", message.nbd_address)?,
         peer: address("peer_address", message.peer_address)?,
         facts: facts_from_message(message.facts)?,
+        draining: message.draining,
     })
 }
 

@@ -86,6 +86,11 @@ pub enum News {
         /// Its lineage.
         lineage: [u8; 16],
     },
+    /// Somebody wants a volume led, if nobody leads it: its replicas need that.
+    Tend {
+        /// Which volume.
+        volume: VolumeNumber,
+    },
     /// Somebody wants a volume verified.
     Verify {
         /// Which volume.

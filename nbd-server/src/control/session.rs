@@ -327,6 +327,9 @@ impl Session {
                 self.teller.tell_gone(volume, false);
                 self.doubted.insert(volume);
             }
+            watch_event::Event::Tend(volume) => {
+                self.teller.tell(News::Tend { volume: volume_from_number(volume)? });
+            }
             watch_event::Event::Verify(wish) => {
                 let volume = volume_from_number(wish.volume)?;
                 self.teller.tell(News::Verify { volume, verify: wish.verify });

@@ -198,7 +198,7 @@ pub fn summary(report: &Report) -> String {
 pub fn cluster_summary(report: &ClusterReport) -> String {
     format!(
         "{} requests, {} errors, {} MiB written, {} MiB read; {} s of virtual time, {} turns\n\
-         {} failovers, {} epochs, {} removals, {} admissions, {} replaced, {} gave up what they held, {} attached, {} let go, {} record changes, {} commits, {} messages\n\
+         {} failovers, {} epochs, {} removals, {} admissions, {} replaced, {} left, {} gave up what they held, {} attached, {} let go, {} led from elsewhere, {} record changes, {} commits, {} messages\n\
          {} kills, {} power cuts, {} blackouts, {} network faults, {} pauses; {} comparisons of replicas\n\
          {} disk errors, {} flipped bits, {} refused starts, {} empty disks; {} writes without space\n\
          {} passes over volumes, {} blocks compared, {} made good; {} moves timed, the slowest took {} ms",
@@ -213,9 +213,11 @@ pub fn cluster_summary(report: &ClusterReport) -> String {
         report.removals,
         report.admissions,
         report.replacements,
+        report.left,
         report.departures,
         report.attachments,
         report.releases,
+        report.remote_heads,
         report.record_changes,
         report.commits,
         report.messages,

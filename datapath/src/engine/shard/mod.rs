@@ -489,6 +489,7 @@ impl<M: Memory> Engine for Shard<M> {
             Event::PeerUnreachable { node } => self.link_unreachable(node),
             Event::Record(record) => self.handle_record(*record),
             Event::Deleted { volume, lineage } => self.handle_deletion(volume, lineage),
+            Event::Tend { volume } => self.begin_tending(volume),
             Event::Verify { volume, verify } => self.begin_verify(volume, verify),
             Event::Timeout => {}
             Event::Drain => self.drain(),

@@ -10,7 +10,7 @@ use crate::limits::PIECE_BYTES_MAX;
 use crate::memory::Memory;
 use crate::request::{Operation, Request};
 use crate::session::nbd::Replies;
-use crate::store::lane::{BlockRange, HoleMap};
+use crate::store::lane::HoleMap;
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_U64, MemoryRange};
 use crate::wire::nbd_transmission::HeaderBytes;
 
@@ -63,10 +63,9 @@ impl<M: Memory> Shard<M> {
             self.tasks.get_mut(task).begun_bytes += u64::from(length_bytes);
             let piece =
                 self.begin_piece(task, PieceKind::Read(ReadPiece { offset_bytes, length_bytes, memory }));
-            let range = BlockRange { volume: self.volume_of(task), block, count };
             let blocks = memory.part(BLOCK_BYTES, count * BLOCK_BYTES);
-            let lane = self.lane_of(task);
-            self.with_lane(lane, |lane, context| lane.read(context, piece, range, blocks));
+            let served = self.tasks.get(task).export as usize;
+            self.read_blocks(served, piece, (block, count), blocks);
         }
     }
 

@@ -52,6 +52,9 @@ impl<M: Memory> Shard<M> {
         let last = u32::try_from(whole_end.div_ceil(leaf_bytes)).expect("leaves fit 32 bits");
         let lane = &self.lanes[self.lane_of(task)].lane;
         let one_leaf = whole_end.min((u64::from(leaf) + 1) * leaf_bytes);
+        if self.is_remote(self.tasks.get(task).export as usize) {
+            return (one_leaf, true);
+        }
         let stop = match lane.map().table(self.volume_of(task)).next_present(leaf, last) {
             Some(present) if present == leaf => return (one_leaf, true),
             Some(present) => whole_end.min(u64::from(present) * leaf_bytes),

@@ -16,6 +16,11 @@ const LEAF_BYTES: u64 = LEAF_BLOCKS as u64 * BLOCK_BYTES_U64;
 impl<M: Memory> Shard<M> {
     /// Describes leaf after leaf, until the range or the extents are used up. A leaf that is away is loaded first.
     pub(super) fn advance_status(&mut self, task: u32, one_extent: bool) {
+        if self.is_remote(self.tasks.get(task).export as usize) {
+            // Where it is not known that there is a hole, there may be data.
+            let length_bytes = self.tasks.get(task).request.length_bytes;
+            return self.add_extent(task, length_bytes, false);
+        }
         if self.lanes[self.lane_of(task)].lane.must_not_be_shown() {
             return self.fail_task(task, RequestError::Io);
         }

@@ -135,10 +135,9 @@ impl<M: Memory> Shard<M> {
         let left = u32::try_from(edges.len()).expect("two at most");
         self.set_stage(piece, Stage::Edges { left });
         let task = self.pieces.get(piece).task;
-        let (lane, volume) = (self.lane_of(task), self.volume_of(task));
+        let served = self.tasks.get(task).export as usize;
         for (block, memory) in edges {
-            let range = BlockRange { volume, block, count: 1 };
-            self.with_lane(lane, |lane, context| lane.read(context, piece, range, memory));
+            self.read_blocks(served, piece, (block, 1), memory);
         }
     }
 

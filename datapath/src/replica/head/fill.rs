@@ -12,7 +12,7 @@
 //! | asking | it is asked for its promise | it has promised, and the record tells what it has in common with the order |
 //! | comparing | it tells what it has beyond that | it has told all |
 //! | beginning | its order goes on where the head's is now; every change from here on is sent to it | it has stored that, and the head's own replica has all changes before |
-//! | copying | what the head's own replica changed after the last change in common, and what the other one has beyond that, is copied; the whole volume if nothing is in common | the last copy was sent |
+//! | copying | what the head's own replica, or another one in sync, changed after the last change in common, and what the one that is filled has beyond that, is copied; the whole volume if nothing is in common | the last copy was sent |
 //! | ending | it stores that it is complete | it has |
 //! | following | it is sent changes like the others | it has all that a copy may have told it of, and all that is committed |
 //! | admitting | the record's change that takes it in is under way; acknowledgements need it from now on | the record is read |
@@ -70,6 +70,8 @@ pub(super) struct Fill {
     reading: bool,
     /// Copies that were sent.
     sent: u32,
+    /// Copies that are known to be taken care of.
+    copied: u32,
     /// For each piece sent that is not known to be taken care of: how many copies that makes.
     sent_through: VecDeque<u32>,
 }
@@ -159,6 +161,7 @@ impl Head {
             next_block: 0,
             reading: false,
             sent: 0,
+            copied: 0,
             sent_through: VecDeque::new(),
         });
         if marked {
@@ -186,7 +189,7 @@ impl Head {
     fn to_be_filled(&self) -> Vec<NodeId> {
         let stale = self.record.stale.iter().map(|replica| replica.node);
         let mut out: Vec<NodeId> = self.record.catching_up.iter().copied().chain(stale).collect();
-        out.retain(|node| *node != self.node && self.reachable.contains(node));
+        out.retain(|node| self.reachable.contains(node) && !self.record.leaving.contains(node));
         out.sort_unstable();
         out
     }
@@ -195,10 +198,8 @@ impl Head {
     fn fill_due_at(&self) -> Option<Moment> {
         let lead = self.lead()?;
         let may = lead.stage == Stage::Serving && lead.open.is_none() && lead.fills.now.is_none();
-        // The own replica is what is copied.
-        let source = self.record.is_in_sync(self.node);
         let due = self.to_be_filled().into_iter().map(|node| lead.fills.due_at(node)).min();
-        due.filter(|_| may && source)
+        due.filter(|_| may)
     }
 
     /// When the fill under way is given up, or the next one may begin.
@@ -345,6 +346,9 @@ impl Head {
         (fill.reading, fill.moved_at, fill.next_block) = (false, now, next_block);
         if copies > 0 {
             fill.sent += copies;
+        }
+        // Those for the own replica may be taken care of already.
+        if copies > 0 && fill.sent > fill.copied {
             fill.sent_through.push_back(fill.sent);
         }
         self.advance_fill(now);
@@ -372,6 +376,7 @@ impl Head {
     pub fn copied(&mut self, now: Moment, member: NodeId, epoch: u32, number: u64, copies: u32) {
         let Some(fill) = self.fill_of(member, epoch, number) else { return };
         fill.moved_at = now;
+        fill.copied = fill.copied.max(copies);
         while fill.sent_through.front().is_some_and(|through| *through <= copies) {
             fill.sent_through.pop_front();
         }

@@ -122,6 +122,7 @@ impl Head {
             self.advance_fill(now);
             // It may be the answer that was awaited before another one is removed.
             self.remove_failed(now);
+            self.remove_leaving(now);
         }
     }
 
@@ -185,6 +186,7 @@ impl Head {
         peers.keep(|peer| record.is_in_sync(peer.node) || fills.is_of(peer.node));
         self.commit(now);
         self.begin_fill(now);
+        self.remove_leaving(now);
     }
 
     /// Time has passed: see [`Self::poll_timeout`].
@@ -251,16 +253,37 @@ impl Head {
     fn remove_failed(&mut self, now: Moment) {
         let failed = self.removals().find(|(_, at)| *at <= now);
         let Some((failed, _)) = failed else { return };
-        let Role::Lead(lead) = &mut self.role else { return };
-        if failed == self.node {
+        if failed == self.node && self.record.attached != Some(self.node) {
             // Reads come from the own replica: without it another node leads better.
             return self.resign();
         }
+        self.propose_without(now, failed);
+    }
+
+    /// Asks for the removal of one member that is to go, if so many stay as the volume is to have. All of those must follow:
+    /// the one that goes may be what they would be brought along from.
+    fn remove_leaving(&mut self, now: Moment) {
+        let Some(lead) = self.lead().filter(|lead| lead.stage == Stage::Serving && lead.open.is_none())
+        else {
+            return;
+        };
+        let follows =
+            |node: &NodeId| lead.peers.get(*node).is_some_and(|peer| peer.phase == Phase::Following);
+        let staying = self.record.staying().filter(follows).count();
+        let fewest = self.record.replicas_wanted.max(self.record.min_in_sync).max(1) as usize;
+        let leaving = self.record.in_sync.iter().find(|node| self.record.leaving.contains(node));
+        if let Some(leaving) = leaving.copied().filter(|_| staying >= fewest) {
+            self.propose_without(now, leaving);
+        }
+    }
+
+    fn propose_without(&mut self, now: Moment, member: NodeId) {
+        let Role::Lead(lead) = &mut self.role else { return };
         let mut wanted = Box::new(self.record.clone());
         wanted.version += 1;
         wanted.proposal = proposal_of(&self.record);
-        wanted.in_sync.retain(|node| *node != failed);
-        wanted.stale.push(StaleReplica { node: failed, since_version: wanted.version });
+        wanted.in_sync.retain(|node| *node != member);
+        wanted.stale.push(StaleReplica { node: member, since_version: wanted.version });
         wanted.stale.sort_by_key(|replica| replica.node);
         lead.open = Some((wanted.clone(), now.after_ns(PROPOSE_AGAIN_NS)));
         self.effects.push_back(HeadEffect::Propose(wanted));
@@ -443,6 +466,73 @@ mod tests {
         let end = START.after_ns(10 * MEMBER_PATIENCE_NS);
         let (at, record) = removal(&mut head, &mut now, end, &NODES[..2]).expect("it is removed");
         assert_eq!((at, &record.in_sync[..]), (START.after_ns(MEMBER_PATIENCE_NS), &NODES[..2]));
+    }
+
+    /// The record in which this replica is to go.
+    fn leaving(head: &Head, node: NodeId, wanted: u32) -> Record {
+        let next = head.record().with_leaving(node, true, 77).expect("it has one");
+        Record { replicas_wanted: wanted, ..next }
+    }
+
+    #[test]
+    fn one_that_is_to_go_is_taken_out_once_enough_stay_and_is_not_brought_back() {
+        let mut head = serving();
+        let unwanted = leaving(&head, NODES[2], 3);
+        head.handle_record(START, &unwanted, |_| true);
+        assert_eq!(proposal(&mut head), None, "two of three would stay");
+        let unwanted = Record { version: unwanted.version + 1, replicas_wanted: 2, ..unwanted };
+        head.handle_record(START, &unwanted, |_| true);
+        let out = proposal(&mut head).expect("it is taken out");
+        assert_eq!((&out.in_sync[..], &out.leaving[..]), (&NODES[..2], &NODES[2..]));
+        // Until that is known its acknowledgement counts.
+        head.submit(START, 5, ChangeKind::Data, 0, (1, 0)).expect("it serves");
+        head.stream(START);
+        head.acked(START, NODES[0], 1, 1);
+        head.acked(START, NODES[1], 1, 1);
+        assert_eq!(head.committed(), 0);
+        head.handle_record(START, &out, |_| true);
+        assert_eq!(head.committed(), 1);
+        let later = START.after_ns(20_000_000_000);
+        head.handle_timeout(later);
+        assert!(!head.is_filling() && proposal(&mut head).is_none(), "{}", head.describe());
+        let stays = out.with_leaving(NODES[2], false, 78).expect("it has one");
+        head.handle_record(later, &stays, |_| true);
+        assert!(head.is_filling(), "it stays after all");
+    }
+
+    #[test]
+    fn nobody_is_let_go_while_one_of_those_that_stay_does_not_follow() {
+        let mut head = serving();
+        head.member_down(START, NODES[1]);
+        let record = leaving(&head, NODES[2], 2);
+        head.handle_record(START, &record, |node| node != NODES[1]);
+        assert_eq!(proposal(&mut head), None);
+        head.member_up(START, NODES[1]);
+        head.promised(START, NODES[1], 1, Stamp::default(), 0);
+        head.leased(START, NODES[1], 1, START);
+        assert!(proposal(&mut head).is_some(), "{}", head.describe());
+    }
+
+    #[test]
+    fn a_head_whose_own_replica_goes_leads_on_and_fills_that_again_if_it_stays() {
+        let mut head = serving();
+        let record = leaving(&head, NODES[0], 2);
+        head.handle_record(START, &record, |_| true);
+        let out = proposal(&mut head).expect("its own is taken out");
+        assert_eq!(out.in_sync, NODES[1..]);
+        head.handle_record(START, &out, |_| true);
+        assert!(head.is_serving());
+        head.submit(START, 5, ChangeKind::Data, 0, (1, 0)).expect("it serves");
+        head.stream(START);
+        let sent = std::iter::from_fn(|| head.poll_effect()).filter_map(|effect| match effect {
+            HeadEffect::Change { member, .. } => Some(member),
+            _ => None,
+        });
+        assert_eq!(sent.collect::<Vec<_>>(), NODES[1..]);
+        let stays = out.with_leaving(NODES[0], false, 78).expect("it has one");
+        head.handle_record(START, &stays, |_| true);
+        let marked = proposal(&mut head).expect("its own is filled");
+        assert_eq!((&marked.catching_up[..], &marked.in_sync[..]), (&NODES[..1], &NODES[1..]));
     }
 
     /// The driver gives up a connection on which nothing arrives. That, and calling anew, is no sign of life.

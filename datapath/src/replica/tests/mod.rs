@@ -462,7 +462,9 @@ impl World {
             }
             Step::EndFill { fill } => process.writing.push_back(Write::EndFill(fill)),
             Step::Nothing => {}
-            Step::Read | Step::Check => unreachable!("nothing is damaged in these worlds"),
+            Step::Read | Step::Check | Step::ListChanged => {
+                unreachable!("nothing is damaged in these worlds, and heads have replicas")
+            }
             Step::Violation => panic!("node {from} sent {message:?}"),
         }
         self.answer_due(node, from);

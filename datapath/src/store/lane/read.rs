@@ -58,6 +58,14 @@ impl HoleMap {
         self.0.is_set(index)
     }
 
+    /// A piece of nothing but holes.
+    #[must_use]
+    pub fn all(count: u32) -> HoleMap {
+        let mut holes = HoleMap::default();
+        (0..count).for_each(|index| holes.mark(index));
+        holes
+    }
+
     fn mark(&mut self, index: u32) {
         self.0.set(index);
     }

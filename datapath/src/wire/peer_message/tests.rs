@@ -48,6 +48,10 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::Compare { epoch: 4, fill: 6, base: STAMP },
         PeerMessage::Surplus { epoch: 4, fill: 6, block: 1000, count: 24 },
         PeerMessage::Compared { epoch: 4, fill: 6, known: true },
+        PeerMessage::ListChanged { epoch: 4, fill: 6, base: STAMP },
+        PeerMessage::Changed { epoch: 4, fill: 6, if_holes: true, block: 512, count: 512 },
+        PeerMessage::Changed { epoch: 4, fill: 6, if_holes: false, block: 1023, count: 1 },
+        PeerMessage::Listed { epoch: 4, fill: 6, known: false },
         PeerMessage::Fill { epoch: 4, after: STAMP, fill: 6 },
         PeerMessage::Filling { epoch: 4, fill: 6 },
         PeerMessage::Copy { epoch: 4, fill: 6, copy: CopyHeader { data: false, block: 512, count: 512 } },
@@ -55,6 +59,7 @@ fn all_messages() -> Vec<(PeerFrame, Vec<u32>)> {
         PeerMessage::Filled { epoch: 4, fill: 6 },
         PeerMessage::Complete { epoch: 4, fill: 6 },
         PeerMessage::Read { epoch: 4, read: 6, block: 1022, count: 256 },
+        PeerMessage::Holes { epoch: 4, read: 6, block: 1022, count: 256 },
         PeerMessage::Unreadable { epoch: 4, read: 6 },
         CheckMessage::Ask { epoch: 4, check: 6, block: 448, count: 64 }.into(),
         CheckMessage::Unknown { epoch: 4, check: 6, next_leaf: None }.into(),
@@ -135,6 +140,27 @@ fn messages_of_a_read_keep_their_bytes() {
         words(1022, 2),
     );
     golden(PeerMessage::Unreadable { epoch: 4, read }, &[], 21, 0, [0, 0], words(0, 0));
+    golden(PeerMessage::Holes { epoch: 4, read, block: 1022, count: 9 }, &[], 23, 0, [0, 0], words(1022, 9));
+}
+
+#[test]
+fn messages_of_a_search_keep_their_bytes() {
+    let fill = 0x5_0000_0006;
+    let base = Stamp { epoch: 3, sequence: 0x7_0000_0008 };
+    let list = PeerMessage::ListChanged { epoch: 4, fill, base };
+    golden(list, &[], 33, 0, [0, 0], [0, 0, 3, 7, 8, 0, 0, 5, 6]);
+    for (if_holes, code) in [(false, 1), (true, 3)] {
+        let changed = PeerMessage::Changed { epoch: 4, fill, if_holes, block: 1000, count: 24 };
+        golden(changed, &[], 34, code, [0, 0], [1000, 24, 0, 0, 0, 0, 0, 5, 6]);
+    }
+    golden(
+        PeerMessage::Listed { epoch: 4, fill, known: true },
+        &[],
+        35,
+        0,
+        [0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 5, 6],
+    );
 }
 
 #[test]

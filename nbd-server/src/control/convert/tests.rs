@@ -106,7 +106,7 @@ fn a_node_comes_back_as_it_went() {
     let name = "n1".parse().expect("a name");
     let facts = NodeFacts { capacity_bytes: 7, ..NodeFacts::default() };
     let (nbd, peer) = (Some("h:1".to_owned()), "h:2".to_owned());
-    let node = NodeInfo { node: NodeId(1), name, boot: 5, nbd, peer, facts };
+    let node = NodeInfo { node: NodeId(1), name, boot: 5, nbd, peer, facts, draining: true };
     assert_eq!(node_from_message(node_to_message(&node)), Ok(node.clone()));
     let nameless = proto::Node { name: String::new(), ..node_to_message(&node) };
     assert!(matches!(node_from_message(nameless), Err(MessageError::NodeName(_))));

@@ -444,6 +444,7 @@ impl Engine for Canary {
             | Event::PeerUnreachable { .. }
             | Event::Record(_)
             | Event::Deleted { .. }
+            | Event::Tend { .. }
             | Event::Verify { .. } => unreachable!("the canary has no peers"),
             Event::Told { .. } | Event::Adopted { .. } => unreachable!("the canary has one thread"),
         }

@@ -99,7 +99,10 @@ impl Client {
                 self.finish_step();
             }
             (_, REPLY_ACK) => self.handle_ack(step),
-            (Step::Go, ERROR_POLICY) if self.plan.elsewhere => {
+            // The node has to do with the volume no more, or not yet.
+            (Step::Info | Step::Go | Step::Context, ERROR_UNKNOWN_EXPORT) | (Step::Go, ERROR_POLICY)
+                if self.plan.elsewhere =>
+            {
                 self.turned_away = true;
                 self.phase = Phase::Gone;
             }

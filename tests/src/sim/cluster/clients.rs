@@ -149,7 +149,8 @@ impl World {
     /// May a client of the volume be served there?
     fn is_open_to_clients(&self, node: usize, volume: usize) -> bool {
         let told = self.nodes[node].life.as_ref().is_some_and(|life| life.told[volume]);
-        told && self.records.get(volume).replicas().contains(&id(node))
+        let record = self.records.get(volume);
+        told && (record.replicas().contains(&id(node)) || record.attached == Some(id(node)))
     }
 
     fn choose_node(&mut self, volume: usize) -> Option<usize> {
@@ -445,7 +446,8 @@ impl World {
             assert!(waited_ns < EQUAL_NS_MAX, "{difference}\n{}", self.describe());
             return;
         }
-        if self.options.replacements && self.swarm.illness.is_none() && !self.is_whole() {
+        let changes = self.options.replacements || self.options.elsewhere;
+        if changes && self.swarm.illness.is_none() && !self.is_whole() {
             return;
         }
         // What rots may be a leaf, which keeps its volume.
@@ -473,9 +475,11 @@ impl World {
 impl World {
     /// Has every replica that was added been filled, and every other one come back? That takes a head.
     fn is_whole(&mut self) -> bool {
-        let whole = |record: &Record| record.catching_up.is_empty() && record.stale.is_empty();
+        let goes = |record: &Record| record.leaving.iter().any(|node| record.is_in_sync(*node));
+        let whole =
+            |record: &Record| record.catching_up.is_empty() && record.stale.is_empty() && !goes(record);
         let lacking = (0..self.volumes.len()).find(|volume| !whole(self.records.get(*volume)));
-        lacking.into_iter().for_each(|volume| self.have_it_led(volume));
+        lacking.into_iter().for_each(|volume| self.have_it_tended(volume));
         lacking.is_none()
     }
 }
@@ -485,8 +489,8 @@ impl World {
     fn holds_too_much(&self) -> bool {
         let nodes = || self.nodes.iter().enumerate();
         self.records.all().iter().any(|record| {
-            let replicas = record.replicas();
-            nodes().any(|(node, living)| living.holds(record.volume) && !replicas.contains(&id(node)))
+            let named = |node| record.replicas().contains(&node) || record.attached == Some(node);
+            nodes().any(|(node, living)| living.holds(record.volume) && !named(id(node)))
         })
     }
 }

@@ -6,6 +6,7 @@ use super::{ClusterOptions, Happening, MILLISECOND_NS, SECOND_NS, Stage, World, 
 use crate::sim::random::Random;
 use crate::sim::trace;
 use crate::sim::workload::Pattern;
+use datapath::record::NodeId;
 use datapath::units::Moment;
 
 /// Percentage of seeds in which a node has a bad disk.
@@ -70,6 +71,10 @@ enum Kind {
     Rot,
     NewDisk,
     Replacement,
+    /// A replica is to go, or to stay after all.
+    Leave,
+    /// A node is asked to lead a volume for the sake of its replicas.
+    Tend,
     /// A volume is attached to another node, or to none.
     Attach,
     /// A process is told to end.
@@ -112,6 +117,14 @@ impl Swarm {
         }
         if options.replacements {
             likely.extend(std::iter::repeat_n(Kind::Replacement, 3 + likely.len()));
+            likely.extend([Kind::Leave, Kind::Leave, Kind::Leave, Kind::Tend]);
+        }
+        if options.elsewhere {
+            likely.extend([Kind::Attach, Kind::Attach, Kind::Attach, Kind::Attach, Kind::Tend]);
+            // In some seeds nodes get a replica, those that lead without one, too.
+            let often = if random.fork("elsewhere", 0).percent(50) { 3 } else { 0 };
+            likely.extend(std::iter::repeat_n(Kind::Replacement, often));
+            likely.extend(std::iter::repeat_n(Kind::Leave, often));
         }
         if likely.is_empty() {
             likely.push(Kind::Move);
@@ -124,9 +137,9 @@ impl Swarm {
             swift,
             faults: match options {
                 ClusterOptions { peace: true, .. } | ClusterOptions { splits: true, .. } => 3,
-                ClusterOptions { replacements: true, .. } | ClusterOptions { moves: true, .. } => {
-                    random.range(6..=20)
-                }
+                ClusterOptions { replacements: true, .. }
+                | ClusterOptions { moves: true, .. }
+                | ClusterOptions { elsewhere: true, .. } => random.range(6..=20),
                 _ => random.range(2..=9),
             },
             kinds: likely,
@@ -257,6 +270,11 @@ impl World {
             Kind::Rot => self.rot(),
             Kind::NewDisk => self.lose_disk(),
             Kind::Replacement => self.replace_replica(node),
+            Kind::Leave => self.have_a_replica_go(),
+            Kind::Tend => {
+                let volume = self.random.index(self.volumes.len());
+                self.have_it_tended(volume);
+            }
             Kind::Attach => self.attach_somewhere(),
             Kind::Stop => self.stop_politely(node),
             Kind::Move => {
@@ -305,13 +323,50 @@ impl World {
             "replica added or taken out: volume, node, version",
             [volume as u64, node as u64, record.version],
         );
-        // The version that takes a node out is the last one that it is told.
-        let mut concerned = present.replicas();
-        concerned.extend(record.replicas());
-        concerned.sort_unstable();
-        concerned.dedup();
+        let before = present.clone();
         self.records.replace(volume, record.clone());
-        concerned.into_iter().for_each(|node| self.send_news(index(node), record.clone()));
+        self.tell_change(&before, &record);
+    }
+
+    /// Somebody wants a replica to go, or does not want that any more.
+    fn have_a_replica_go(&mut self) {
+        let volume = self.random.index(self.volumes.len());
+        let replicas = self.records.get(volume).replicas();
+        let node = *self.random.pick(&replicas);
+        let leaves = !self.records.get(volume).leaving.contains(&node);
+        self.mark_leaving(volume, node, leaves);
+    }
+
+    fn mark_leaving(&mut self, volume: usize, node: NodeId, leaves: bool) {
+        let before = self.records.get(volume).clone();
+        let proposal = self.random.bits();
+        let record = before.with_leaving(node, leaves, proposal).expect("it has a replica");
+        trace::note(
+            Moment(self.now_ns),
+            "replica is to go: volume, node, or to stay",
+            [volume as u64, node.0.into(), u64::from(!leaves)],
+        );
+        self.records.replace(volume, record.clone());
+        self.tell_change(&before, &record);
+    }
+
+    /// What was to go and is not in sync any more is taken out. In the end nothing goes that is needed.
+    pub(super) fn watch_leaving(&mut self) {
+        for volume in 0..self.volumes.len() {
+            let record = self.records.get(volume).clone();
+            let out = record.leaving.iter().copied().find(|node| !record.is_in_sync(*node));
+            if let Some(node) = out.filter(|_| record.replicas().len() > 1) {
+                let proposal = self.random.bits();
+                let next = record.without_replica(node, proposal).expect("it is not in sync");
+                self.records.replace(volume, next.clone());
+                self.tell_change(&record, &next);
+            } else if let Some(node) = record.leaving.first().copied()
+                && self.stage != Stage::Working
+                && record.staying().count() < record.replicas_wanted as usize
+            {
+                self.mark_leaving(volume, node, false);
+            }
+        }
     }
 
     fn cut_some_link(&mut self) {

@@ -36,7 +36,7 @@ use self::clients::Session;
 use self::faults::{Fault, Swarm};
 use self::links::{Blocks, Link};
 use self::moves::Moves;
-use self::node::{Node, NodePlan};
+use self::node::{Node, draw_nodes};
 use self::records::Records;
 use self::verify::Verifies;
 use super::client::ClientCounts;
@@ -47,7 +47,6 @@ use super::oracle::{Crash, Oracle, Promises};
 use super::random::Random;
 use super::trace;
 
-const MIB: u64 = 1 << 20;
 const MILLISECOND_NS: u64 = 1_000_000;
 const SECOND_NS: u64 = 1_000 * MILLISECOND_NS;
 /// Between two looks at whether anything is stuck.
@@ -80,6 +79,8 @@ pub struct ClusterOptions {
     pub replacements: bool,
     /// Nothing happens but that volumes are attached here and there, and processes end as they should.
     pub moves: bool,
+    /// Volumes are mostly attached to nodes that have no replica of them.
+    pub elsewhere: bool,
 }
 
 const PLAIN: ClusterOptions = ClusterOptions {
@@ -92,11 +93,12 @@ const PLAIN: ClusterOptions = ClusterOptions {
     rot: false,
     replacements: false,
     moves: false,
+    elsewhere: false,
     bugs: Bugs::none(),
 };
 
 /// Ways to bend clusters, by name.
-const SCENARIOS: [(&str, ClusterOptions); 9] = [
+const SCENARIOS: [(&str, ClusterOptions); 10] = [
     ("peace", ClusterOptions { peace: true, ..PLAIN }),
     // Writes, syncs and reads that fail, flipped bits, and disks that are empty all at once.
     ("disks", ClusterOptions { disks: true, ..PLAIN }),
@@ -112,6 +114,8 @@ const SCENARIOS: [(&str, ClusterOptions); 9] = [
     ("replacements", ClusterOptions { replacements: true, ..PLAIN }),
     // What a head lets go of another one serves at once, and what that answers nobody misses.
     ("moves", ClusterOptions { moves: true, ..PLAIN }),
+    // A head without a replica reads and fills from others, while everything goes wrong, and replicas come and go.
+    ("elsewhere", ClusterOptions { elsewhere: true, ..PLAIN }),
     // Heads on all nodes take the volume from each other as fast as they can.
     ("fights", ClusterOptions { fights: true, ..PLAIN }),
 ];
@@ -149,6 +153,10 @@ pub struct ClusterReport {
     pub attachments: u64,
     /// Epochs whose heads let go of them.
     pub releases: u64,
+    /// Epochs that started on a node without a replica in sync.
+    pub remote_heads: u64,
+    /// Replicas that were to go and are in sync no more.
+    pub left: u64,
     /// Moves that nothing hindered.
     pub timed_moves: u64,
     /// The slowest of them, from the change of the record to the new head.
@@ -211,6 +219,8 @@ impl ClusterReport {
         self.departures += other.departures;
         self.attachments += other.attachments;
         self.releases += other.releases;
+        self.remote_heads += other.remote_heads;
+        self.left += other.left;
         self.timed_moves += other.timed_moves;
         self.slowest_move_ns = self.slowest_move_ns.max(other.slowest_move_ns);
         self.commits += other.commits;
@@ -400,7 +410,7 @@ impl World {
             };
             let mut replicas: Vec<NodeId> = (0..nodes.len()).map(id).collect();
             draw.shuffle(&mut replicas);
-            let most = replicas.len().min(3);
+            let most = (replicas.len() - usize::from(options.elsewhere)).min(3);
             let three = most > 2 && draw.percent(if options.replacements { 30 } else { 70 });
             replicas.truncate(if three { 3 } else { 2 });
             let name = format!("volume-{volume}");
@@ -568,7 +578,7 @@ impl World {
         for volume in 0..self.volumes.len() {
             let record = self.records.get(volume).clone();
             // A node asks about what it holds, too.
-            if record.replicas().contains(&id(node)) || self.nodes[node].holds(record.volume) {
+            if traffic::concerned_by(&record).contains(&node) || self.nodes[node].holds(record.volume) {
                 self.send_news(node, record);
             }
         }
@@ -609,6 +619,7 @@ impl World {
         self.watch_disks();
         self.watch_verifies();
         self.watch_attachments();
+        self.watch_leaving();
         self.end_if_all_is_well();
         if self.stage != Stage::Working {
             assert!(
@@ -649,35 +660,11 @@ impl World {
         self.report.admissions = self.records.admissions;
         self.report.replacements = self.records.replaced;
         self.report.releases = self.records.released;
+        self.report.remote_heads = self.records.remote_heads;
+        self.report.left = self.records.left;
         self.report.record_changes = self.records.accepted;
         self.report.virtual_ns = self.now_ns - SECOND_NS;
         self.report.digest = trace::digest();
         self.report
     }
-}
-
-fn draw_nodes(draw: &mut Random, random: &Random, options: ClusterOptions, swarm: &Swarm) -> Vec<Node> {
-    let count = *draw.pick(if options.replacements { &[3, 4] } else { &[2, 3, 3, 3, 3, 4, 5][..] });
-    let lanes = if draw.percent(80) || options.full { 1 } else { 2 };
-    // Where pools are small, it is the first one's or everybody's.
-    let all_small = options.full && draw.percent(40);
-    let mut node = |node: usize| {
-        let segments = match lanes {
-            1 if options.full && (node == 0 || all_small) => draw.range(32..=34),
-            1 if options.full => draw.range(80..=90),
-            1 => draw.range(34..=40),
-            _ => draw.range(54..=64),
-        };
-        let plan = NodePlan {
-            id: id(node),
-            lanes,
-            disk_bytes: segments * MIB,
-            request_bytes: if draw.percent(70) { 12 << 20 } else { 7 << 20 },
-            map_cache_bytes: *draw.pick(&[0, 256 << 10, 64 << 20]),
-            checkpoint_log_bytes: *draw.pick(&[MIB, 4 * MIB, 64 * MIB]),
-            bugs: options.bugs,
-        };
-        Node::new(plan, swarm.tear_bytes, swarm.disk_delay_ns_max, random.fork("node", node as u64))
-    };
-    (0..count).map(&mut node).collect()
 }

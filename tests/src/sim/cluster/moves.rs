@@ -2,7 +2,7 @@
 
 use datapath::record::NodeId;
 
-use super::{Happening, MILLISECOND_NS, SECOND_NS, Stage, World, index, position};
+use super::{Happening, MILLISECOND_NS, SECOND_NS, Stage, World, id, index, position};
 use crate::sim::trace;
 
 /// A process that was told to end is killed after this time.
@@ -41,11 +41,19 @@ impl Moves {
 }
 
 impl World {
-    /// Somebody attaches a volume to a node that could lead it, or detaches it.
+    /// Somebody attaches a volume to a node, most often to one that has a replica in sync, or detaches it.
     pub(super) fn attach_somewhere(&mut self) {
         let volume = self.random.index(self.volumes.len());
         let in_sync = self.records.get(volume).in_sync.clone();
-        let node = (!self.random.percent(25)).then(|| *self.random.pick(&in_sync));
+        let without: Vec<NodeId> =
+            (0..self.nodes.len()).map(id).filter(|node| !in_sync.contains(node)).collect();
+        let node = match self.random.range(0..=7) {
+            0 => None,
+            1..=5 if self.options.elsewhere && !without.is_empty() => Some(*self.random.pick(&without)),
+            1 => None,
+            2..=6 => Some(*self.random.pick(&in_sync)),
+            _ => Some(id(self.random.index(self.nodes.len()))),
+        };
         self.attach(volume, node);
     }
 
@@ -56,6 +64,7 @@ impl World {
         self.report.attachments += 1;
         let is_swift = self.is_undisturbed(volume);
         let proposal = self.random.bits();
+        let before = self.records.get(volume).clone();
         let record = self.records.attach(volume, node, proposal);
         let to = node.map_or(u64::MAX, |node| node.0.into());
         trace::note(
@@ -68,9 +77,7 @@ impl World {
         if let Some(node) = node {
             self.volumes[volume].home = index(node);
         }
-        for replica in record.replicas() {
-            self.send_news(index(replica), record.clone());
-        }
+        self.tell_change(&before, &record);
     }
 
     /// Is there nothing that could make a move of the volume slow: faults, lost messages, a head that does not serve yet?
@@ -117,7 +124,7 @@ impl World {
         }
     }
 
-    /// No move takes too long, and a volume whose node cannot lead it is detached once faults have ended.
+    /// No move takes too long, and a volume whose node does not start is detached once faults have ended.
     pub(super) fn watch_attachments(&mut self) {
         for volume in 0..self.volumes.len() {
             if let Some(awaited) = self.moves.awaited[volume] {
@@ -130,7 +137,7 @@ impl World {
                 );
             }
             let record = self.records.get(volume);
-            let lost = record.attached.is_some_and(|node| !record.is_in_sync(node));
+            let lost = record.attached.is_some_and(|node| self.nodes[index(node)].life.is_none());
             if lost && self.stage != Stage::Working {
                 self.attach(volume, None);
             }

@@ -16,6 +16,8 @@ use datapath::store::map::Mapping;
 use datapath::store::recovery::{PoolReader, Recovered, read_layout, recover_lane};
 use datapath::units::{BLOCK_BYTES, MemoryRange, Moment};
 
+use super::faults::Swarm;
+use super::{ClusterOptions, id};
 use crate::sim::berth::fragile_ranges;
 use crate::sim::disk::Disk;
 use crate::sim::driver::Driver;
@@ -359,6 +361,42 @@ impl Node {
     pub(super) fn report_turns(&self) -> u64 {
         self.life.as_ref().map_or(0, |life| life.driver.counts.turns)
     }
+}
+
+/// The nodes of a seed.
+pub(super) fn draw_nodes(
+    draw: &mut Random,
+    random: &Random,
+    options: ClusterOptions,
+    swarm: &Swarm,
+) -> Vec<Node> {
+    let count = *draw.pick(match options {
+        ClusterOptions { replacements: true, .. } => &[3, 4],
+        ClusterOptions { elsewhere: true, .. } => &[3, 4, 4, 5],
+        _ => &[2, 3, 3, 3, 3, 4, 5][..],
+    });
+    let lanes = if draw.percent(80) || options.full { 1 } else { 2 };
+    // Where pools are small, it is the first one's or everybody's.
+    let all_small = options.full && draw.percent(40);
+    let mut node = |node: usize| {
+        let segments = match lanes {
+            1 if options.full && (node == 0 || all_small) => draw.range(32..=34),
+            1 if options.full => draw.range(80..=90),
+            1 => draw.range(34..=40),
+            _ => draw.range(54..=64),
+        };
+        let plan = NodePlan {
+            id: id(node),
+            lanes,
+            disk_bytes: segments * MIB,
+            request_bytes: if draw.percent(70) { 12 << 20 } else { 7 << 20 },
+            map_cache_bytes: *draw.pick(&[0, 256 << 10, 64 << 20]),
+            checkpoint_log_bytes: *draw.pick(&[MIB, 4 * MIB, 64 * MIB]),
+            bugs: options.bugs,
+        };
+        Node::new(plan, swarm.tear_bytes, swarm.disk_delay_ns_max, random.fork("node", node as u64))
+    };
+    (0..count).map(&mut node).collect()
 }
 
 fn feigns_damage(boot: u64) -> bool {

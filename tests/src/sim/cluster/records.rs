@@ -17,11 +17,25 @@ pub(super) struct Records {
     pub(super) replaced: u64,
     /// Epochs whose heads let go of them.
     pub(super) released: u64,
+    /// Replicas that were to go and are in sync no more.
+    pub(super) left: u64,
+    /// Epochs that started on a node without a replica in sync.
+    pub(super) remote_heads: u64,
 }
 
 impl Records {
     pub(super) fn new(records: Vec<Record>) -> Records {
-        Records { records, accepted: 0, removals: 0, admissions: 0, started: 0, replaced: 0, released: 0 }
+        Records {
+            records,
+            accepted: 0,
+            removals: 0,
+            admissions: 0,
+            started: 0,
+            replaced: 0,
+            released: 0,
+            left: 0,
+            remote_heads: 0,
+        }
     }
 
     pub(super) fn get(&self, volume: usize) -> &Record {
@@ -58,10 +72,16 @@ impl Records {
         assert_succession(present, proposed);
         self.accepted += 1;
         let (before, after) = (present.in_sync.len(), proposed.in_sync.len());
+        let left =
+            present.leaving.iter().filter(|node| present.is_in_sync(**node) && !proposed.is_in_sync(**node));
+        self.left += left.count() as u64;
         self.removals += before.saturating_sub(after) as u64;
         self.admissions += after.saturating_sub(before) as u64;
         self.released += u64::from(proposed.released != present.released);
-        self.started += u64::from(proposed.started && proposed.epoch != present.last_started);
+        let starts = proposed.started && proposed.epoch != present.last_started;
+        let is_remote = proposed.head.is_some_and(|head| !proposed.is_in_sync(head.node));
+        self.started += u64::from(starts);
+        self.remote_heads += u64::from(starts && is_remote);
         self.records[volume] = proposed.clone();
         true
     }
@@ -84,6 +104,7 @@ fn assert_succession(present: &Record, proposed: &Record) {
         assert!(!proposed.started, "an epoch opens before it starts: {}", what());
         assert_eq!(present.in_sync, proposed.in_sync, "opening an epoch leaves nobody out: {}", what());
     }
+    assert_eq!(present.leaving, proposed.leaving, "heads do not say who is to go: {}", what());
     assert_eq!(present.attached, proposed.attached, "heads do not say where they ought to be: {}", what());
     if proposed.released != present.released {
         assert!(to == from && present.started && proposed.released == to, "let go of nothing: {}", what());

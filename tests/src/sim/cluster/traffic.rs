@@ -1,5 +1,7 @@
 //! What passes between nodes, and between nodes and the record store.
 
+use std::collections::BTreeSet;
+
 use datapath::engine::ports::ConnectionId;
 use datapath::record::Record;
 
@@ -9,6 +11,12 @@ use crate::sim::trace;
 
 /// A node that is told nothing because the way is blocked asks again after this time.
 const NEWS_AGAIN_NS: u64 = 100 * MILLISECOND_NS;
+
+/// The nodes that have a replica or the head, or are to have the head.
+pub(super) fn concerned_by(record: &Record) -> BTreeSet<usize> {
+    let head = record.head.map(|head| head.node);
+    record.replicas().into_iter().chain(record.attached).chain(head).map(index).collect()
+}
 
 impl World {
     pub(super) fn network_delay_ns(&mut self) -> u64 {
@@ -214,6 +222,7 @@ impl World {
         }
         let volume = position(record.volume);
         let lets_go = record.released != self.records.get(volume).released;
+        let mut concerned = concerned_by(self.records.get(volume));
         let accepted = self.records.propose(volume, record);
         trace::note(
             self.moment(),
@@ -225,8 +234,9 @@ impl World {
             self.cut_off_now_and_then(volume, node);
         }
         if accepted {
-            for replica in present.replicas().into_iter().map(index).filter(|replica| *replica != node) {
-                self.send_news(replica, present.clone());
+            concerned.extend(concerned_by(&present));
+            for other in concerned.into_iter().filter(|other| *other != node) {
+                self.send_news(other, present.clone());
             }
         }
         let answer_lost = self.random.percent(self.swarm.store_losses) && self.stage == Stage::Working;
@@ -238,6 +248,13 @@ impl World {
             let boot = self.nodes[node].boots;
             self.after(delay, Happening::News { node, boot, record: Box::new(present) });
         }
+    }
+
+    /// A version of a record is told to those who have to do with it, and to those who had until now.
+    pub(super) fn tell_change(&mut self, before: &Record, record: &Record) {
+        let mut concerned = concerned_by(before);
+        concerned.extend(concerned_by(record));
+        concerned.into_iter().for_each(|node| self.send_news(node, record.clone()));
     }
 
     pub(super) fn send_news(&mut self, node: usize, record: Record) {

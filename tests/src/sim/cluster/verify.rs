@@ -191,6 +191,15 @@ impl World {
         }
     }
 
+    /// Whoever keeps the records sees that something has to be done for the volume's replicas, and asks a node.
+    pub(super) fn have_it_tended(&mut self, volume: usize) {
+        let record = self.records.get(volume);
+        let node = index(*self.random.pick(&record.in_sync));
+        if let Some(driver) = self.nodes[node].at(self.now_ns) {
+            driver.tell_tend(number(volume));
+        }
+    }
+
     /// Faults have ended, and what has rotted is not made good by anybody but the nodes: is it?
     pub(super) fn is_all_verified(&mut self) -> bool {
         let since_ns = self.calm_since_ns;

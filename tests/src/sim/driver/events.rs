@@ -24,6 +24,7 @@ pub(super) fn connection_of(event: &Event) -> Option<ConnectionId> {
         | Event::PeerUnreachable { .. }
         | Event::Record(_)
         | Event::Deleted { .. }
+        | Event::Tend { .. }
         | Event::Verify { .. }
         | Event::Timeout
         | Event::Drain => None,
@@ -61,6 +62,7 @@ pub(super) fn note_event(now: Moment, event: &Event) {
             [record.volume.0.into(), record.version, record.epoch.into()],
         ),
         Event::Deleted { volume, .. } => ("deleted volume", [volume.0.into(), 0, 0]),
+        Event::Tend { volume } => ("tend volume", [volume.0.into(), 0, 0]),
         Event::Verify { volume, verify } => ("verify volume, number", [volume.0.into(), *verify, 0]),
         Event::Timeout => ("timeout", [0; 3]),
         Event::Drain => ("drain", [0; 3]),

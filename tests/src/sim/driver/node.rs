@@ -32,6 +32,11 @@ impl<E: Engine<Memory = SimMemory>> Driver<E> {
         self.tell(0, Event::Record(Box::new(record)));
     }
 
+    /// Somebody wants something done for the replicas of a volume.
+    pub fn tell_tend(&mut self, volume: VolumeNumber) {
+        self.tell(0, Event::Tend { volume });
+    }
+
     /// Somebody wants a volume verified.
     pub fn tell_verify(&mut self, volume: VolumeNumber, verify: u64) {
         self.tell(0, Event::Verify { volume, verify });

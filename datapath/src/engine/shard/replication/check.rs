@@ -32,6 +32,8 @@ const LEAD_NS: u64 = 15_000_000_000;
 #[derive(Debug)]
 pub(super) struct Checking {
     pub(super) checks: Checks,
+    /// They have begun: the volume is led here, and was read from here once.
+    begun: bool,
     /// What the own replica has read for the question that is asked now.
     kept: Option<Kept>,
     /// Locks that stand in line, in order.
@@ -55,12 +57,18 @@ impl Checking {
     pub(super) fn new(volume: VolumeNumber, bugs: Bugs, period_ns: u64) -> Checking {
         Checking {
             checks: Checks::new(volume, bugs, period_ns),
+            begun: false,
             kept: None,
             in_line: VecDeque::new(),
             held: None,
             waiting: None,
             leads_for_it: false,
         }
+    }
+
+    /// Does this node lead the volume for the sake of a pass only?
+    pub(super) fn leads_for_it(&self) -> bool {
+        self.leads_for_it
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Moment> {
@@ -103,8 +111,16 @@ impl<M: Memory> Shard<M> {
         // That is no reason to take the volume from a head that lives.
         let config = NodeConfig { steals: false, ..self.replication.config() };
         let replica = &mut self.replication.replicas[index];
-        if replica.head.is_serving() {
+        if replica.head.is_serving() && replica.checking.begun {
             return replica.checking.checks.verify(verify);
+        }
+        if replica.head.is_serving() {
+            let why = format!(
+                "{} is led by a node that has no replica of it in sync to compare the others with; attach it to one \
+                 that has",
+                replica.head.record().name
+            );
+            return self.refuse_verify(volume, verify, EndReason::Refused(why));
         }
         if replica.checking.waiting.is_some() {
             return self.refuse_verify(volume, verify, EndReason::UnderWay);
@@ -125,7 +141,7 @@ impl<M: Memory> Shard<M> {
         let config = NodeConfig { steals: false, ..self.replication.config() };
         let (now, random) = (self.now, self.replication.random());
         let replica = &mut self.replication.replicas[index];
-        if replica.head.is_serving() {
+        if replica.head.is_serving() && replica.checking.begun {
             replica.checking.waiting = None;
             return replica.checking.checks.verify(verify);
         }
@@ -148,13 +164,25 @@ impl<M: Memory> Shard<M> {
     pub(super) fn begin_checks(&mut self, index: usize) {
         let (now, random) = (self.now, self.replication.random());
         let replica = &mut self.replication.replicas[index];
+        replica.checking.begun = true;
         replica.checking.checks.begin(now, replica.head.record().size_blocks, random);
+    }
+
+    /// The volume is led here, or its record has changed: while the own replica is in sync, it is what others are compared
+    /// with.
+    pub(super) fn note_whence_is_read(&mut self, index: usize) {
+        let (node, bugs) = (self.replication.node(), self.replication.bugs);
+        let replica = &self.replication.replicas[index];
+        if replica.head.is_serving() && replica.reads_here(node, bugs) && !replica.checking.begun {
+            self.begin_checks(index);
+        }
     }
 
     /// It is not, or not any more. No read from another replica is under way by now.
     pub(super) fn end_checks(&mut self, index: usize) {
         let checking = &mut self.replication.replicas[index].checking;
         checking.checks.end();
+        checking.begun = false;
         checking.leads_for_it &= checking.waiting.is_some();
         self.release_check_lock(index);
         self.forget_kept(index);
@@ -179,7 +207,9 @@ impl<M: Memory> Shard<M> {
             checking.leads_for_it = false;
             let replica = &mut replicas[index];
             // Whoever wants the volume elsewhere need not wait until this node ends.
-            let is_asked = self.served[replica.served].connections > 0 || replica.attached_since.is_some();
+            let is_asked = self.served[replica.served].connections > 0
+                || replica.attached_since.is_some()
+                || replica.tended_until.is_some();
             if !is_asked && replica.head.is_serving() {
                 let now = self.now;
                 replica.head.release(now);
@@ -191,8 +221,12 @@ impl<M: Memory> Shard<M> {
     fn turn_checks(&mut self, index: usize) -> Option<Turn> {
         let own = self.replication.node();
         let in_sync = self.replication.replicas[index].head.record().in_sync.clone();
-        let members: Vec<(NodeId, Reach)> =
+        let mut members: Vec<(NodeId, Reach)> =
             in_sync.into_iter().map(|node| (node, self.reach(index, node))).collect();
+        if !members.iter().any(|(node, _)| *node == own) {
+            // It has left since the pass began.
+            members.push((own, Reach::Away));
+        }
         let repairs_under_way = {
             let works = self.replication.works.iter();
             works

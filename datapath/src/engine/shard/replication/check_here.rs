@@ -38,8 +38,7 @@ impl<M: Memory> Shard<M> {
         let asked = Asked { epoch, check, block, count };
         let served = &self.served[self.replication.replicas[index].served];
         let (lane, volume) = (served.lane, served.volume);
-        let size_blocks = self.lanes[lane].lane.volumes()[volume as usize].size_blocks();
-        if u64::from(block) + u64::from(count) > size_blocks {
+        if self.lies_beyond(index, (block, count)) {
             self.drop_payload_of_peer(memory);
             if let Leader::Link(id, _) = asker {
                 self.close_link(id);

@@ -49,6 +49,18 @@ impl<M: Memory> Shard<M> {
         true
     }
 
+    /// What the record of a volume does not name this node for is given up, once the head here has let go of it.
+    pub(super) fn depart_if_unnamed(&mut self, index: usize) {
+        let node = self.replication.node();
+        let Replica { head, departs, is_vacant, .. } = &self.replication.replicas[index];
+        let is_free = !head.is_active() && !head.is_releasing();
+        if *departs || *is_vacant || !is_free || self.replication.replicas[index].is_named(node) {
+            return;
+        }
+        let record = self.replication.replicas[index].head.record().clone();
+        self.depart_as_recorded(&record);
+    }
+
     /// A record does not name this node.
     pub(super) fn depart_as_recorded(&mut self, record: &Record) {
         let Some((lane, position)) = self.position_of(record.volume) else {
@@ -89,6 +101,10 @@ impl<M: Memory> Shard<M> {
             let export = self.replication.replicas[index].served;
             self.exports.withdraw(ExportIndex(u32::try_from(export).expect("exports fit 32 bits")));
             self.fail_member(index);
+            // Those who wait for a head here: none will come.
+            for id in self.connections_of(export) {
+                self.close(id);
+            }
             let served = &self.served[self.replication.replicas[index].served];
             let position = served.volume;
             self.with_lane(served.lane, |lane, context| lane.leave_out(context, position));
@@ -170,6 +186,8 @@ impl Work {
             | Work::ReadForHead { replica, .. }
             | Work::Repair { replica, .. }
             | Work::Leaf { replica, .. }
+            | Work::LookForNew { replica, .. }
+            | Work::ListChanged { replica, .. }
             | Work::Check { replica, .. }
             | Work::CheckRepair { replica, .. }
             | Work::Mend { replica, .. } => Some(*replica),

@@ -83,13 +83,17 @@ impl Dials {
 }
 
 impl<M: Memory> Shard<M> {
-    /// Calls every node that an active head needs: the replicas in sync, and once it serves those that it could bring back.
+    /// Calls every node that an active head needs: the replicas in sync, and once it serves those that it could bring back,
+    /// and one to which the volume is attached.
     pub(super) fn dial_members(&mut self) {
         let own = self.replication.node();
         let active = self.replication.replicas.iter().filter(|replica| replica.head.is_active());
-        let of_head = |head: &Head| match head.is_serving() {
-            true => head.record().replicas(),
-            false => head.record().in_sync.clone(),
+        let of_head = |head: &Head| {
+            let record = head.record();
+            match head.is_serving() {
+                true => record.replicas().into_iter().chain(record.attached).collect(),
+                false => record.in_sync.clone(),
+            }
         };
         let mut wanted: Vec<NodeId> = active.flat_map(|replica| of_head(&replica.head)).collect();
         wanted.sort_unstable();

@@ -9,7 +9,7 @@
 //! old one for the sake of those whom it serves, and because what it has let go can be served at once.
 
 use super::super::Shard;
-use super::{NodeConfig, Replica};
+use super::{NodeConfig, Replica, Replication};
 use crate::memory::Memory;
 use crate::record::NodeId;
 use crate::replica::bugs::PlantedBug;
@@ -23,11 +23,21 @@ const HANDOVER_NS_MAX: u64 = 1_000_000_000;
 const LAST_RELEASES_NS_MAX: u64 = 500_000_000;
 
 impl Replica {
-    /// Where the volume is to be led instead of here, if that node is ready for it.
-    fn is_wanted_by(&self, node: NodeId) -> Option<NodeId> {
+    /// Where the volume is to be led instead of here, if that node is ready for it: its replica follows, or it can be talked
+    /// to and will lead without one.
+    fn is_wanted_by(&self, node: NodeId, is_up: impl Fn(NodeId) -> bool) -> Option<NodeId> {
         let record = self.head.record();
-        let ready = |other: &NodeId| record.is_in_sync(*other) && self.head.is_following(*other);
+        let ready = |other: &NodeId| match record.is_in_sync(*other) {
+            true => self.head.is_following(*other),
+            false => is_up(*other),
+        };
         record.attached.filter(|other| *other != node).filter(ready)
+    }
+
+    /// Could this node lead the volume, which is attached to it, though it has no replica to lead it with?
+    fn leads_without(&self, node: NodeId) -> bool {
+        let record = self.head.record();
+        self.is_attached_here(node) && (!record.is_in_sync(node) || self.failed || self.lost)
     }
 
     /// Until when this node, to which the volume is attached, waits for the head that has it now.
@@ -35,13 +45,16 @@ impl Replica {
         let record = self.head.record();
         let since = self.attached_since?;
         record.living_head().filter(|head| head.node != config.node)?;
-        let granted_until = self.member.as_ref()?.granted_until();
-        record.is_in_sync(config.node).then(|| granted_until.min(since.after_ns(HANDOVER_NS_MAX)))
+        let until = since.after_ns(HANDOVER_NS_MAX);
+        // Where no head reads by this member's leave any more, none lives that it could wait for.
+        let member = self.member.as_ref().filter(|_| record.is_in_sync(config.node));
+        Some(member.map_or(until, |member| member.granted_until().min(until)))
     }
 
     /// May this node take the volume, which it does not refuse to its clients?
     pub(super) fn may_take(&self, config: NodeConfig, now: Moment) -> bool {
-        self.member.is_some() && self.waits_for_release_until(config).is_none_or(|until| until <= now)
+        let can = self.member.is_some() || self.leads_without(config.node);
+        can && self.waits_for_release_until(config).is_none_or(|until| until <= now)
     }
 
     /// A record was read. True if the volume was attached here, and is attached nowhere any more.
@@ -69,11 +82,12 @@ impl<M: Memory> Shard<M> {
     /// Lets go of a volume that is attached to another node, once that node is ready and what was begun is answered.
     pub(super) fn hand_over_if_asked(&mut self, index: usize) {
         let (now, node) = (self.now, self.replication.node());
-        let replica = &mut self.replication.replicas[index];
+        let Replication { replicas, dials, .. } = &mut self.replication;
+        let replica = &mut replicas[index];
         if !replica.head.is_serving() {
             return;
         }
-        let wanted = replica.is_wanted_by(node).is_some();
+        let wanted = replica.is_wanted_by(node, |other| dials.is_up(other)).is_some();
         match replica.leaving_since {
             None if wanted => replica.leaving_since = Some(now),
             Some(_) if !wanted => {
@@ -131,7 +145,7 @@ impl<M: Memory> Shard<M> {
     }
 }
 
-impl super::Replication {
+impl Replication {
     /// When a volume that moves wants its turn. `takes`: the node still takes volumes.
     pub(super) fn poll_handover_timeout(&self, takes: bool) -> Option<Moment> {
         let leaving = self.replicas.iter().filter_map(|replica| replica.leaving_since);

@@ -74,6 +74,9 @@ impl<M: Memory> Shard<M> {
             return self.refuse_untimely(piece, memory);
         };
         self.replication.replicas[index].peer_reads.note_change(block, count);
+        if kind != ChangeKind::Data {
+            self.note_released(index, block, count);
+        }
         self.replication.replicas[index].checking.checks.note_change(block, count);
         let checksums = memory.map_or_else(Vec::new, |memory| self.checksums_of(memory));
         if let Some(memory) = memory {
@@ -231,6 +234,10 @@ impl<M: Memory> Shard<M> {
             }
             PeerMessage::Surplus { fill, block, count, .. } => self.note_surplus(index, fill, (block, count)),
             PeerMessage::Compared { epoch, fill, known } => head.compared(now, member, epoch, fill, known),
+            PeerMessage::Changed { fill, if_holes, block, count, .. } => {
+                self.note_changed(index, fill, if_holes, (block, count));
+            }
+            PeerMessage::Listed { fill, known, .. } => self.all_listed(index, member, fill, known),
             PeerMessage::Filling { epoch, fill } => head.filling(now, member, epoch, fill),
             PeerMessage::Copied { epoch, fill, copies } => head.copied(now, member, epoch, fill, copies),
             PeerMessage::Complete { epoch, fill } => head.complete(now, member, epoch, fill),
@@ -243,7 +250,8 @@ impl<M: Memory> Shard<M> {
             PeerMessage::Fetched { epoch, change } => {
                 return self.fetched(index, member, epoch, change, checksums, memory);
             }
-            PeerMessage::Blocks { read, block, count, .. } => {
+            PeerMessage::Blocks { read, block, count, .. }
+            | PeerMessage::Holes { read, block, count, .. } => {
                 return self.blocks_came(index, member, read, (block, count), memory);
             }
             PeerMessage::Unreadable { read, .. } => {
@@ -293,7 +301,7 @@ impl<M: Memory> Shard<M> {
     fn lead_began(&mut self, index: usize) {
         let served = self.replication.replicas[index].served;
         self.progress = true;
-        self.begin_checks(index);
+        self.note_whence_is_read(index);
         self.wake_connections(served);
     }
 

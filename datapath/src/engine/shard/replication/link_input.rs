@@ -193,24 +193,7 @@ impl<M: Memory> Shard<M> {
     ) {
         let link = self.link(id);
         let (outgoing, greeted, node) = (link.outgoing, link.greeted, link.node);
-        let is_answer = matches!(
-            frame.message,
-            PeerMessage::Promised { .. }
-                | PeerMessage::Refused { .. }
-                | PeerMessage::Ack { .. }
-                | PeerMessage::Gap { .. }
-                | PeerMessage::Fetched { .. }
-                | PeerMessage::FetchGone { .. }
-                | PeerMessage::Leased { .. }
-                | PeerMessage::Surplus { .. }
-                | PeerMessage::Compared { .. }
-                | PeerMessage::Filling { .. }
-                | PeerMessage::Copied { .. }
-                | PeerMessage::Complete { .. }
-                | PeerMessage::NoRoom { .. }
-                | PeerMessage::Blocks { .. }
-                | PeerMessage::Unreadable { .. }
-        ) || matches!(frame.message, PeerMessage::Check(check) if check.is_answer());
+        let is_answer = frame.message.is_answer();
         match frame.message {
             PeerMessage::Hello(hello) => self.link_greeted(id, hello),
             message if greeted && outgoing && is_answer => {

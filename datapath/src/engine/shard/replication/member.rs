@@ -1,6 +1,7 @@
 //! What heads ask of this node's members, carried out.
 
 use super::super::Shard;
+use super::fill::CopyPayload;
 use super::peer_read::PeerPiece;
 use super::{Leader, Replica, Work};
 use crate::checksum::crc32c;
@@ -95,15 +96,15 @@ impl<M: Memory> Shard<M> {
         {
             return;
         }
-        if let (PeerMessage::Change { change, .. }, Leader::Link(id, _)) = (message, asker) {
-            let served = &self.served[replica.served];
-            let size_blocks = self.lanes[served.lane].lane.volumes()[served.volume as usize].size_blocks();
-            if u64::from(change.block) + u64::from(change.count) > size_blocks {
-                // No head numbers what lies beyond the volume.
-                self.drop_payload_of_peer(theirs);
-                return self.close_link(id);
-            }
+        if let (PeerMessage::Change { change, .. }, Leader::Link(id, _)) = (message, asker)
+            && self.lies_beyond(index, change.blocks())
+        {
+            // No head numbers what lies beyond the volume.
+            self.drop_payload_of_peer(theirs);
+            return self.close_link(id);
         }
+        let replica = &mut self.replication.replicas[index];
+        let Some(member) = &mut replica.member else { unreachable!("looked at above") };
         let before = member.epoch();
         if asker != replica.leader && epoch_of_order(message) == Some(before) {
             // It went on its way before the head called again, and what it asks for has been asked for since.
@@ -131,6 +132,9 @@ impl<M: Memory> Shard<M> {
                 self.compare_here(index, asker, epoch, fill, base);
             }
             (Step::BeginFill { fill, after, base }, _) => self.begin_fill_here(index, fill, (base, after)),
+            (Step::ListChanged, PeerMessage::ListChanged { epoch, fill, base }) => {
+                self.list_changed_here(index, asker, epoch, fill, base);
+            }
             (Step::Read, PeerMessage::Read { epoch, read, block, count }) => {
                 self.read_for_head(index, asker, PeerPiece { epoch, read, block, count });
             }
@@ -138,13 +142,13 @@ impl<M: Memory> Shard<M> {
                 return self.check_here(index, asker, message, memory);
             }
             (Step::Copy { fill, runs }, PeerMessage::Copy { copy, .. }) => {
-                return self.append_copy(index, asker, (fill, copy), &runs, memory);
+                let payload =
+                    memory.map(|memory| CopyPayload { lender: memory, pages: memory, is_own: false });
+                return self.append_copy(index, asker, (fill, copy), &runs, payload);
             }
             (Step::EndFill { fill }, _) => self.end_fill_here(index, fill),
             (Step::Lease { asked_ns, room }, PeerMessage::Lease { epoch, committed, .. }) => {
-                self.note_committed(index, committed);
-                let room = room.and_then(|question| self.promise_room(index, question));
-                self.send_answer(index, asker, PeerMessage::Leased { epoch, asked_ns, room });
+                self.grant_lease(index, asker, (epoch, asked_ns), committed, room);
             }
             (Step::Answer(answer), _) => self.send_answer(index, asker, answer),
             (Step::Violation, _) => match asker {
@@ -154,6 +158,26 @@ impl<M: Memory> Shard<M> {
             _ => {}
         }
         self.drop_payload_of_peer(theirs);
+    }
+
+    fn grant_lease(
+        &mut self,
+        index: usize,
+        asker: Leader,
+        (epoch, asked_ns): (u32, u64),
+        committed: u64,
+        question: Option<RoomQuestion>,
+    ) {
+        self.note_committed(index, committed);
+        let room = question.and_then(|question| self.promise_room(index, question));
+        self.send_answer(index, asker, PeerMessage::Leased { epoch, asked_ns, room });
+    }
+
+    /// Are some of these blocks none of the volume's, as its lane here knows it?
+    pub(super) fn lies_beyond(&self, index: usize, (block, count): (u32, u32)) -> bool {
+        let served = &self.served[self.replication.replicas[index].served];
+        let size_blocks = self.lanes[served.lane].lane.volumes()[served.volume as usize].size_blocks();
+        u64::from(block) + u64::from(count) > size_blocks
     }
 
     fn promise_room(&mut self, index: usize, question: RoomQuestion) -> Option<RoomAnswer> {
@@ -237,7 +261,7 @@ impl<M: Memory> Shard<M> {
     }
 
     /// The replica cannot go on: it steps out, and the head will go on without it. If that is here, another node's turn
-    /// has come.
+    /// has come, unless the volume is attached here.
     pub(super) fn fail_member(&mut self, index: usize) {
         let now = self.now;
         let node = self.replication.node();
@@ -247,7 +271,9 @@ impl<M: Memory> Shard<M> {
         }
         replica.member = None;
         replica.head.member_down(now, node);
-        replica.head.resign();
+        if replica.departs || !replica.is_attached_here(node) {
+            replica.head.resign();
+        }
         self.settle_head(index);
     }
 
@@ -363,6 +389,7 @@ fn epoch_of_order(message: PeerMessage) -> Option<u32> {
         PeerMessage::Change { epoch, .. }
         | PeerMessage::Fetch { epoch, .. }
         | PeerMessage::Read { epoch, .. }
+        | PeerMessage::ListChanged { epoch, .. }
         | PeerMessage::Lease { epoch, .. } => Some(epoch),
         PeerMessage::Check(check) => Some(check.epoch()),
         _ => None,

@@ -22,7 +22,9 @@ mod link_input;
 mod member;
 mod peer_read;
 mod reads;
+mod remote;
 mod room;
+mod tending;
 
 use super::neighbours::ExportPlace;
 use super::{Served, Shard};
@@ -116,6 +118,8 @@ struct Replica {
     leader: Leader,
     /// Since when no request is begun, because the volume moves to another node.
     leaving_since: Option<Moment>,
+    /// Nobody but who wants something done for the replicas has this node lead the volume: until then, if nothing is done.
+    tended_until: Option<Moment>,
     /// Since when it is known that the volume is attached to this node.
     attached_since: Option<Moment>,
     /// What the changes that are not committed hold.
@@ -144,13 +148,15 @@ enum Work {
     BeginFill { replica: usize, fill: u64 },
     EndFill { replica: usize, fill: u64 },
     Copy { replica: usize, fill: u64, last: bool, lent: Option<MemoryRange>, pages: u32 },
-    CopyRead { replica: usize, piece: CopyPiece, memory: MemoryRange },
+    CopyRead { replica: usize, piece: CopyPiece, memory: Option<MemoryRange> },
     Fetch { replica: usize, epoch: u32, sequence: u64, memory: MemoryRange, leader: Leader },
     FindChanged { replica: usize, fill: u64, memory: MemoryRange },
     Compare { replica: usize, comparing: Comparing, memory: MemoryRange },
     ReadForHead { replica: usize, read: PeerPiece, memory: MemoryRange, leader: Leader },
     Repair { replica: usize, blocks: u32, lent: MemoryRange, pages: u32 },
     Leaf { replica: usize, piece: u32 },
+    LookForNew { replica: usize, piece: u32, count: u32, memory: Option<MemoryRange> },
+    ListChanged { replica: usize, comparing: Comparing, memory: MemoryRange },
     Check { replica: usize, asked: Asked, memory: MemoryRange, asker: Leader },
     CheckRepair { replica: usize, check: u64 },
     Mend { replica: usize, asked: Asked, asker: Leader, lent: MemoryRange, pages: u32 },
@@ -277,7 +283,8 @@ impl Replication {
         let greeting = self.greetings_due.front().map(|(moment, ..)| *moment);
         let reads = self.replicas.iter().filter_map(|replica| replica.peer_reads.poll_timeout());
         let checks = self.replicas.iter().filter_map(|replica| replica.checking.poll_timeout());
-        let handover = self.poll_handover_timeout(takes);
+        let handover = self.poll_handover_timeout(takes).into_iter().chain(self.poll_search_timeout());
+        let handover = handover.chain(self.poll_tending_timeout());
         let all = heads.chain(reads).chain(checks).chain(self.dials.poll_timeout());
         all.chain(greeting).chain(handover).min()
     }
@@ -294,20 +301,21 @@ impl Replica {
         if self.departs {
             return Some(format!("{} has no replica here any more; connect to another node", record.name));
         }
-        if self.failed {
+        if let Some(other) = record.attached.filter(|other| *other != node) {
+            let name = &record.name;
+            return Some(format!("{name} is attached to node number {}: connect there", other.0));
+        }
+        let is_attached = self.is_attached_here(node);
+        if self.failed && !is_attached {
             return Some(format!("the replica of {} here has failed; connect to another node", record.name));
         }
-        if self.lost {
+        if self.lost && !is_attached {
             return Some(format!(
                 "the replica of {} here has lost what it held; connect to another node",
                 record.name
             ));
         }
-        if let Some(other) = record.attached.filter(|other| *other != node) {
-            let name = &record.name;
-            return Some(format!("{name} is attached to node number {}: connect there", other.0));
-        }
-        if !record.is_in_sync(node) {
+        if !record.is_in_sync(node) && !is_attached {
             let others: Vec<String> = record.in_sync.iter().map(|node| node.0.to_string()).collect();
             return Some(format!(
                 "the replica of {} here is not up to date; connect to node number {}",
@@ -318,7 +326,7 @@ impl Replica {
         if self.head.is_releasing() {
             return Some(format!("{} is being let go here: try again", record.name));
         }
-        if record.attached.is_some() {
+        if is_attached {
             // It comes here.
             return None;
         }
@@ -360,7 +368,9 @@ impl<M: Memory> Shard<M> {
         }
         let index = match self.replication.find(record.volume) {
             Some(index) => index,
-            None if record.replicas().contains(&node) => self.add_replica(&record),
+            None if record.replicas().contains(&node) || record.attached == Some(node) => {
+                self.add_replica(&record)
+            }
             None => return self.depart_as_recorded(&record),
         };
         let now = self.now;
@@ -370,15 +380,17 @@ impl<M: Memory> Shard<M> {
         let before = if head.is_active() { head.record().in_sync.clone() } else { Vec::new() };
         let was_in_sync = head.record().is_in_sync(node);
         head.handle_record(now, &record, |to| if to == node { member_ready } else { dials.is_up(to) });
-        if head.is_active() && !head.record().is_in_sync(node) {
-            // The head reads from this node's replica, which is not kept up to date any more.
+        let is_left_out = was_in_sync && !head.record().is_in_sync(node);
+        let goes_on = head.record().attached == Some(node) || head.record().leaving.contains(&node);
+        if head.is_active() && is_left_out && !goes_on {
+            // The head has read from this node's replica, which is not kept up to date any more: others lead better.
             head.resign();
         }
-        let is_left_out = was_in_sync && !head.record().is_in_sync(node);
         let left: Vec<NodeId> =
             before.into_iter().filter(|member| !head.record().is_in_sync(*member)).collect();
         self.note_attachment(index);
         self.settle_head(index);
+        self.note_whence_is_read(index);
         if is_left_out {
             let served = &self.served[self.replication.replicas[index].served];
             let volume = served.volume;
@@ -390,11 +402,7 @@ impl<M: Memory> Shard<M> {
                 self.close_link(link);
             }
         }
-        let newest = self.replication.replicas[index].head.record();
-        if !newest.replicas().contains(&node) {
-            let newest = newest.clone();
-            self.depart_as_recorded(&newest);
-        }
+        self.depart_if_unnamed(index);
     }
 
     /// The node has, or is to have, a replica of the volume.
@@ -412,8 +420,9 @@ impl<M: Memory> Shard<M> {
             name: record.name.clone(),
             replicated: true,
             // Whoever had a part in an epoch that started knew the volume: what is not known here was lost, or never came,
-            // and the volume's order must not seem to begin here.
-            filling: record.last_started > 0 && !self.replication.bugs.has(PlantedBug::LossUnnoticed),
+            // and the volume's order must not seem to begin here. Nor must it where there is no replica.
+            filling: (record.last_started > 0 || !record.replicas().contains(&self.replication.node()))
+                && !self.replication.bugs.has(PlantedBug::LossUnnoticed),
             ..VolumeRecord::default()
         };
         let own = &mut self.lanes[lane].lane;
@@ -441,6 +450,7 @@ impl<M: Memory> Shard<M> {
             lost: false,
             leader: Leader::Nobody,
             leaving_since: None,
+            tended_until: None,
             attached_since: None,
             contents: Contents::default(),
             held: Vec::new(),
@@ -491,6 +501,7 @@ impl<M: Memory> Shard<M> {
             self.start_member(index);
             self.start_copy(index);
             self.take_over_if_asked(index);
+            self.tend(index);
             let now = self.now;
             let head = &mut self.replication.replicas[index].head;
             if head.poll_timeout().is_some_and(|moment| moment <= now) {
@@ -498,6 +509,7 @@ impl<M: Memory> Shard<M> {
             }
             self.settle_head(index);
             self.hand_over_if_asked(index);
+            self.let_go_if_unwanted(index);
             self.advance_waiting(index);
             self.advance_peer_reads(index);
             self.answer_held(index);
@@ -540,11 +552,15 @@ impl<M: Memory> Shard<M> {
                 self.finish_copy_read(replica, piece, memory, completion);
             }
             Work::Remove { volume } => self.finish_departure(volume, completion.result),
-            Work::Fetch { .. } | Work::FindChanged { .. } | Work::Compare { .. } => {
-                unreachable!("these are polled")
-            }
+            Work::Fetch { .. }
+            | Work::FindChanged { .. }
+            | Work::Compare { .. }
+            | Work::ListChanged { .. } => unreachable!("these are polled"),
             Work::ReadForHead { replica, read, memory, leader } => {
-                self.finish_read_for_head(replica, read, memory, leader, completion.result.is_ok());
+                self.finish_read_for_head(replica, read, memory, leader, completion);
+            }
+            Work::LookForNew { replica, piece, count, memory } => {
+                self.finish_look_for_new(replica, (piece, count), memory, completion);
             }
             Work::Leaf { replica, piece } => self.leaf_for_room_came(replica, piece),
             Work::Check { replica, asked, memory, asker } => {

@@ -16,7 +16,7 @@ use crate::record::NodeId;
 use crate::replica::bugs::PlantedBug;
 use crate::replica::peer_reads::{Answer, Turn};
 use crate::request::RequestError;
-use crate::store::lane::{BlockRange, BlocksRead, Completion, HoleMap, Payload};
+use crate::store::lane::{BlockBits, BlockRange, BlocksRead, Completion, HoleMap, Payload};
 use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 use crate::wire::peer_message::{ChangeHeader, PeerMessage};
 
@@ -44,7 +44,14 @@ impl<M: Memory> Shard<M> {
             return false;
         }
         let read = replica.peer_reads.begin(now, blocks.range.block, blocks.range.count);
-        replica.damaged_reads.push((read, Completion { read: Some(blocks), ..*completion }));
+        let mut waiting = *completion;
+        if self.take_memory_of_work(completion.cookie) {
+            // Whatever was read is gone with it.
+            blocks.memory = MemoryRange::default();
+            waiting.result = Err(RequestError::Io);
+        }
+        waiting.read = Some(blocks);
+        self.replication.replicas[index].damaged_reads.push((read, waiting));
         self.advance_peer_reads(index);
         true
     }
@@ -69,7 +76,7 @@ impl<M: Memory> Shard<M> {
     fn replica_of_read(&self, cookie: u32) -> Option<usize> {
         if Shard::<M>::is_replication_cookie(cookie) {
             return match self.replication.works.get(cookie & !COOKIE) {
-                Work::CopyRead { replica, .. } => Some(*replica),
+                Work::CopyRead { replica, .. } | Work::LookForNew { replica, .. } => Some(*replica),
                 _ => None,
             };
         }
@@ -115,17 +122,39 @@ impl<M: Memory> Shard<M> {
         (block, count): (u32, u32),
         memory: Option<MemoryRange>,
     ) {
-        let memory = memory.expect("blocks come as payload");
         let replica = &mut self.replication.replicas[index];
         let answer = replica.peer_reads.answered(member, read, block, count);
-        let Some(Answer { may_repair }) = answer else { return self.give_back_for_peer(memory) };
+        let Some(Answer { may_repair }) = answer else { return self.drop_payload_of_peer(memory) };
         let known = replica.damaged_reads.iter().find(|(known, _)| *known == read);
-        let blocks = known.and_then(|(_, completion)| completion.read).expect("kept until it ends");
+        let (_, waiting) = known.expect("kept until it ends");
+        let (cookie, blocks) = (waiting.cookie, waiting.read.expect("it says where to"));
         let may_repair = may_repair || self.replication.bugs.has(PlantedBug::RepairOverNewer);
         // Whoever leads another epoch has its changes appended here, and this head does not know them.
         let is_own_log = replica.leader == Leader::ThisNode && replica.member.is_some();
-        self.memory.copy(memory.part(BLOCK_BYTES, count * BLOCK_BYTES), blocks.memory);
         self.replication.repairs.reads_from_peers += 1;
+        let Some(memory) = memory else {
+            // Nothing is damaged where there is nothing: the own replica had none of it, or lags behind a trim.
+            self.memory.bytes_mut(blocks.memory).fill(0);
+            let holes = HoleMap::all(count);
+            self.end_damaged_read(index, read, |completion| Completion {
+                result: Ok(()),
+                holes,
+                read: Some(BlocksRead { damaged: BlockBits::default(), ..blocks }),
+                ..completion
+            });
+            return self.advance_peer_reads(index);
+        };
+        if self.give_blocks_to_work(cookie, memory) {
+            // What is damaged in the own log is left for whoever reads it next.
+            self.end_damaged_read(index, read, |completion| Completion {
+                result: Ok(()),
+                holes: HoleMap::default(),
+                read: None,
+                ..completion
+            });
+            return self.advance_peer_reads(index);
+        }
+        self.memory.copy(memory.part(BLOCK_BYTES, count * BLOCK_BYTES), blocks.memory);
         // First the own log: whoever reads may be a write that changes a part of the block, and comes behind.
         if may_repair && is_own_log {
             self.repair(index, blocks, memory);
@@ -191,8 +220,7 @@ impl<M: Memory> Shard<M> {
     pub(super) fn read_for_head(&mut self, index: usize, leader: Leader, read: PeerPiece) {
         let served = &self.served[self.replication.replicas[index].served];
         let (lane, volume) = (served.lane, served.volume);
-        let size_blocks = self.lanes[lane].lane.volumes()[volume as usize].size_blocks();
-        if u64::from(read.block) + u64::from(read.count) > size_blocks {
+        if self.lies_beyond(index, (read.block, read.count)) {
             if let Leader::Link(id, _) = leader {
                 self.close_link(id);
             }
@@ -213,13 +241,17 @@ impl<M: Memory> Shard<M> {
         piece: PeerPiece,
         memory: MemoryRange,
         leader: Leader,
-        good: bool,
+        completion: &Completion,
     ) {
         let PeerPiece { epoch, read, block, count } = piece;
         let Leader::Link(id, generation) = leader else { unreachable!("a head does not ask its own member") };
-        if !good {
+        if completion.result.is_err() {
             self.give_back_for_peer(memory);
             return self.send_answer(index, leader, PeerMessage::Unreadable { epoch, read });
+        }
+        if completion.holes == HoleMap::all(count) {
+            self.give_back_for_peer(memory);
+            return self.send_answer(index, leader, PeerMessage::Holes { epoch, read, block, count });
         }
         let blocks = self.memory.bytes(memory.part(BLOCK_BYTES, memory.len - BLOCK_BYTES));
         let checksums: Vec<u32> = blocks.chunks_exact(BLOCK_BYTES_USIZE).map(crc32c).collect();

@@ -6,6 +6,8 @@
 //!              │ none: numbered      │ not known: in line, asked again in every turn
 //!              └─ the map is away: loaded first     └ lacking: ENOSPC
 //! ```
+//!
+//! Where there is no own map every block counts as new, until room is short: then members are asked what they hold there.
 
 use super::super::Shard;
 use super::{Replica, Work};
@@ -34,6 +36,13 @@ pub(super) enum Loading {
     Nothing,
     Leaf(u32),
     Done(u32),
+    /// Members read the blocks, to know which of them are there.
+    Blocks {
+        /// Some of them are released meanwhile.
+        released: bool,
+    },
+    /// They have, and no change has made that untrue since: so many at most are new. Nothing: nobody can tell.
+    Found(Option<u32>),
 }
 
 impl<M: Memory> Shard<M> {
@@ -42,6 +51,9 @@ impl<M: Memory> Shard<M> {
         let (block, count) = write.blocks;
         let Replica { served, head, .. } = &self.replication.replicas[index];
         let (lane, volume) = (self.served[*served].lane, self.served[*served].volume);
+        if self.is_remote(*served) {
+            return self.find_room_elsewhere(index, write);
+        }
         let new = self.lanes[lane].lane.count_new(BlockRange { volume, block, count });
         // What trims that are not in effect yet will make free, others may have been promised by then.
         let overlaps =
@@ -66,8 +78,54 @@ impl<M: Memory> Shard<M> {
         (room, most)
     }
 
+    fn find_room_elsewhere(&mut self, index: usize, write: &mut WaitingWrite) -> (Room, u32) {
+        let (block, count) = write.blocks;
+        let most = match write.loading {
+            Loading::Blocks { .. } => return (Room::Awaited, count),
+            Loading::Found(Some(new)) => new,
+            _ => count,
+        };
+        let now = self.now;
+        let room = self.replication.replicas[index].head.find_room(now, write.since, most);
+        let is_known = matches!(write.loading, Loading::Found(_));
+        if room == Room::Granted || is_known {
+            return (room, most);
+        }
+        self.look_for_new_blocks(index, write.piece, (block, count));
+        let mut pending = self.replication.replicas[index].head.pending();
+        let released =
+            pending.any(|change| change.kind != ChangeKind::Data && overlap(write.blocks, change.blocks()));
+        write.loading = Loading::Blocks { released };
+        (Room::Awaited, most)
+    }
+
+    /// Members have read the blocks of a write that waits, or cannot.
+    pub(super) fn new_blocks_found(&mut self, index: usize, piece: u32, new: Option<u32>) {
+        let waiting = &mut self.replication.replicas[index].waiting_room;
+        if let Some(write) = waiting.iter_mut().find(|write| write.piece == piece) {
+            let is_true = write.loading == Loading::Blocks { released: false };
+            write.loading = Loading::Found(new.filter(|_| is_true));
+        }
+        self.advance_waiting(index);
+    }
+
+    /// A change was numbered: what it releases is not there any more for the writes that wait.
+    pub(super) fn note_released(&mut self, index: usize, block: u32, count: u32) {
+        let waiting = &mut self.replication.replicas[index].waiting_room;
+        for write in waiting.iter_mut().filter(|write| overlap(write.blocks, (block, count))) {
+            match &mut write.loading {
+                Loading::Found(new) => *new = None,
+                Loading::Blocks { released } => *released = true,
+                Loading::Nothing | Loading::Leaf(_) | Loading::Done(_) => {}
+            }
+        }
+    }
+
     /// Does a write take a block that has no place yet, as far as is known?
     pub(super) fn takes_new_blocks(&mut self, index: usize, block: u32, count: u32) -> bool {
+        if self.is_remote(self.replication.replicas[index].served) {
+            return true;
+        }
         let volume = self.served[self.replication.replicas[index].served].volume;
         self.lane_of_replica(index).count_new(BlockRange { volume, block, count }).most > 0
     }
@@ -93,7 +151,7 @@ impl<M: Memory> Shard<M> {
             let write = waiting.pop_front().expect("counted");
             let task = self.pieces.get(write.piece).task;
             let error = self.tasks.get(task).error;
-            match error.filter(|_| !matches!(write.loading, Loading::Leaf(_))) {
+            match error.filter(|_| !matches!(write.loading, Loading::Leaf(_) | Loading::Blocks { .. })) {
                 Some(error) => self.refuse_write(write, error),
                 None => self.replication.replicas[index].waiting_room.push_back(write),
             }
@@ -155,13 +213,19 @@ impl<M: Memory> Shard<M> {
     }
 }
 
+fn overlap((first, count): (u32, u32), (other, other_count): (u32, u32)) -> bool {
+    first < other + other_count && other < first + count
+}
+
 impl WaitingWrite {
     /// Leaves are loaded one after the other, each once.
     fn may_load(&self, leaf: u32) -> bool {
         match self.loading {
             Loading::Nothing => true,
-            Loading::Leaf(_) => false,
+            Loading::Leaf(_) | Loading::Blocks { .. } => false,
             Loading::Done(done) => leaf > done,
+            // The own replica has come back since.
+            Loading::Found(_) => true,
         }
     }
 }
