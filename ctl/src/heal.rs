@@ -136,7 +136,7 @@ fn step(
 fn choose(record: &Record, model: &Model, is_over: impl Fn(NodeId) -> bool) -> Option<NodeId> {
     let holders = record.replicas().into_iter().filter(|node| !is_over(*node)).collect();
     let request = Request { holders, needs_fill: true, ..Request::new(placement::size_bytes(record), 1) };
-    placement::choose(model, &request)?.into_iter().find(|node| !record.replicas().contains(node))
+    placement::choose(model, &request)?.into_iter().find(|node| !record.has_replica(*node))
 }
 
 #[cfg(test)]

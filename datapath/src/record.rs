@@ -193,6 +193,14 @@ impl Record {
         self.in_sync.binary_search(&node).is_ok()
     }
 
+    /// Has the node a replica, in sync or not?
+    #[must_use]
+    pub fn has_replica(&self, node: NodeId) -> bool {
+        self.is_in_sync(node)
+            || self.catching_up.binary_search(&node).is_ok()
+            || self.stale.binary_search_by_key(&node, |replica| replica.node).is_ok()
+    }
+
     /// Every node that has a replica, ascending.
     #[must_use]
     pub fn replicas(&self) -> Vec<NodeId> {
@@ -208,7 +216,7 @@ impl Record {
     /// # Errors
     /// [`ReplicaError::There`].
     pub fn with_replica(&self, node: NodeId, proposal: u64) -> Result<Record, ReplicaError> {
-        if self.replicas().contains(&node) {
+        if self.has_replica(node) {
             return Err(ReplicaError::There(node));
         }
         let mut next = self.next_version(proposal);
@@ -227,7 +235,7 @@ impl Record {
         if self.is_in_sync(node) {
             return Err(ReplicaError::InSync(node));
         }
-        if !self.replicas().contains(&node) {
+        if !self.has_replica(node) {
             return Err(ReplicaError::NotThere(node));
         }
         let mut next = self.next_version(proposal);
@@ -243,7 +251,7 @@ impl Record {
     /// # Errors
     /// [`ReplicaError::NotThere`].
     pub fn with_leaving(&self, node: NodeId, leaves: bool, proposal: u64) -> Result<Record, ReplicaError> {
-        if !self.replicas().contains(&node) {
+        if !self.has_replica(node) {
             return Err(ReplicaError::NotThere(node));
         }
         if self.leaving.contains(&node) == leaves {
@@ -328,6 +336,9 @@ mod tests {
             (2, 5, &[NodeId(2)][..], &[stale][..])
         );
         assert_eq!((&more.in_sync, more.replicas_wanted), (&record.in_sync, 2));
+        assert_eq!([1, 2, 3, 4].map(|node| more.has_replica(NodeId(node))), [true, true, true, false]);
+        let filled = Record { stale: Vec::new(), catching_up: vec![NodeId(2)], ..more.clone() };
+        assert_eq!([2, 4].map(|node| filled.has_replica(NodeId(node))), [true, false]);
         assert_eq!(more.with_replica(NodeId(3), 6), Err(ReplicaError::There(NodeId(3))));
         assert_eq!(more.without_replica(NodeId(3), 6), Err(ReplicaError::InSync(NodeId(3))));
         assert_eq!(more.without_replica(NodeId(4), 6), Err(ReplicaError::NotThere(NodeId(4))));

@@ -356,7 +356,7 @@ impl RecordStore for RedbStore {
                 let (number, bytes) = entry.map_err(backend)?;
                 let record = decode_record(number.value(), bytes.value())?;
                 let leads = record.living_head().is_some_and(|head| head.node == node.node);
-                if leads || record.attached == Some(node.node) || record.replicas().contains(&node.node) {
+                if leads || record.attached == Some(node.node) || record.has_replica(node.node) {
                     return Err(StoreError::NodeInUse(name.clone(), record.name));
                 }
             }

@@ -205,7 +205,7 @@ impl Cursor {
 fn concerns(record: &Record, node: NodeId) -> bool {
     record.attached == Some(node)
         || record.head.is_some_and(|head| head.node == node)
-        || record.replicas().contains(&node)
+        || record.has_replica(node)
 }
 
 #[cfg(test)]

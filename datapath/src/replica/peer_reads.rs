@@ -136,6 +136,12 @@ impl PeerReads {
         overlapping.for_each(|read| read.disturbed = true);
     }
 
+    /// Is no read waiting or asked for?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.reads.is_empty()
+    }
+
     /// The next thing to do. `others` are the other replicas in sync; `can_ask` says which of them follow; `is_pending`
     /// whether a change that is not committed overlaps a range.
     pub fn turn(

@@ -161,7 +161,9 @@ impl<M: Memory> Shard<M> {
     /// Begins the search for what was changed here after what is in common. Without memory it is asked for again.
     fn search_own_log(&mut self, index: usize, fill: u64, base: Stamp) {
         let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return };
-        self.source_of(index, fill).expect("it was asked for").search = Search::UnderWay;
+        let source = self.source_of(index, fill).expect("it was asked for");
+        // What a member may have told of its map is not all.
+        (source.search, source.lacking_if_holes) = (Search::UnderWay, None);
         let cookie = self.begin_work(Work::FindChanged { replica: index, fill, memory });
         let served = &self.served[self.replication.replicas[index].served];
         let (lane, volume, after) = (served.lane, served.volume, base.sequence);

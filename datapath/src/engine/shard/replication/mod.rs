@@ -368,9 +368,7 @@ impl<M: Memory> Shard<M> {
         }
         let index = match self.replication.find(record.volume) {
             Some(index) => index,
-            None if record.replicas().contains(&node) || record.attached == Some(node) => {
-                self.add_replica(&record)
-            }
+            None if record.has_replica(node) || record.attached == Some(node) => self.add_replica(&record),
             None => return self.depart_as_recorded(&record),
         };
         let now = self.now;
@@ -421,7 +419,7 @@ impl<M: Memory> Shard<M> {
             replicated: true,
             // Whoever had a part in an epoch that started knew the volume: what is not known here was lost, or never came,
             // and the volume's order must not seem to begin here. Nor must it where there is no replica.
-            filling: (record.last_started > 0 || !record.replicas().contains(&self.replication.node()))
+            filling: (record.last_started > 0 || !record.has_replica(self.replication.node()))
                 && !self.replication.bugs.has(PlantedBug::LossUnnoticed),
             ..VolumeRecord::default()
         };

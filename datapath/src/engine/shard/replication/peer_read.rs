@@ -87,6 +87,9 @@ impl<M: Memory> Shard<M> {
 
     /// Asks whom to ask, and ends the reads that nobody can answer.
     pub(super) fn advance_peer_reads(&mut self, index: usize) {
+        if self.replication.replicas[index].peer_reads.is_empty() {
+            return;
+        }
         let now = self.now;
         loop {
             let Replica { head, peer_reads, .. } = &mut self.replication.replicas[index];

@@ -24,7 +24,7 @@ use crate::units::{BLOCK_BYTES, BLOCK_BYTES_USIZE, MemoryRange};
 impl Replica {
     /// Does this node's replica hold all that is committed, so that the head here may read from it?
     pub(super) fn reads_here(&self, node: NodeId, bugs: Bugs) -> bool {
-        let is_there = bugs.has(PlantedBug::ReadsOwnStale) && self.head.record().replicas().contains(&node);
+        let is_there = bugs.has(PlantedBug::ReadsOwnStale) && self.head.record().has_replica(node);
         self.member.is_some() && (is_there || self.head.record().is_in_sync(node))
     }
 
@@ -35,7 +35,7 @@ impl Replica {
 
     /// Has the node anything to do with the volume?
     pub(super) fn is_named(&self, node: NodeId) -> bool {
-        self.is_attached_here(node) || self.head.record().replicas().contains(&node)
+        self.is_attached_here(node) || self.head.record().has_replica(node)
     }
 }
 
