@@ -76,7 +76,7 @@ fn a_node_is_drained_under_load_and_forgotten() {
         let start = Instant::now();
         let said = run(&mut cluster.ctl.command("node drain n1"));
         let took = start.elapsed();
-        assert!(said.contains("all data is safe elsewhere. 1 volumes are attached to it"), "{said}");
+        assert!(said.contains("all data is safe elsewhere. 1 volume attached to it"), "{said}");
         let before: Vec<u64> = controls.iter().map(Control::answered).collect();
         for (control, before) in controls.iter().zip(before) {
             wait_until("what is led without a replica stands still", || control.answered() > before + 200);

@@ -27,7 +27,7 @@ pub(super) fn drain(remote: &RemoteArguments, name: &NodeName, wait: bool) -> Re
 pub(super) fn undrain(remote: &RemoteArguments, name: &NodeName) -> Result<(), String> {
     let node = with_client(remote, |mut client| async move { mark(&mut client, name, false).await })?;
     print(remote.output, &node, || {
-        format!("node {name} keeps its {} replicas, and gets more\n", node.replicas)
+        format!("node {name} keeps its {}, and gets more\n", count(node.replicas, "replica"))
     })
 }
 
@@ -66,10 +66,8 @@ async fn wait_until_empty(client: &mut Client, first: NodeReport) -> Result<Node
             return Err(format!("node {} is not drained any more: somebody has undrained it", node.name));
         }
         if (found.replicas, now_filling) != (node.replicas, filling) {
-            eprintln!(
-                "node {}: {} replicas left, {now_filling} being filled elsewhere",
-                found.name, found.replicas
-            );
+            let left = count(found.replicas, "replica");
+            eprintln!("node {}: {left} left, {now_filling} being filled elsewhere", found.name);
             (since, is_told) = (Instant::now(), false);
         } else if since.elapsed() > STILL && !is_told {
             eprintln!("{}", reason(&found));
@@ -83,10 +81,10 @@ async fn wait_until_empty(client: &mut Client, first: NodeReport) -> Result<Node
 /// What may stand in the way.
 fn reason(node: &NodeReport) -> String {
     format!(
-        "node {}: {} replicas have not moved for {} s. Each needs another node that is connected, has room (`berth node list`) \
+        "node {}: {} stayed for {} s. Each needs another node that is connected, has room (`berth node list`) \
          and none of the same volume; and a volume must be led by somebody while it is copied (`berth volume list`)",
         node.name,
-        node.replicas,
+        count(node.replicas, "replica"),
         STILL.as_secs()
     )
 }
@@ -96,11 +94,16 @@ fn told(node: &NodeReport) -> String {
         return match node.attached {
             0 => format!("node {} has no replica any more, and no volume is attached to it", node.name),
             attached => format!(
-                "node {} has no replica any more: all data is safe elsewhere. {attached} volumes are attached to it, and \
-                 are served there until they are detached",
-                node.name
+                "node {} has no replica any more: all data is safe elsewhere. {} attached to it, served there until detached",
+                node.name,
+                count(attached, "volume")
             ),
         };
     }
-    format!("node {} is being drained: {} replicas left", node.name, node.replicas)
+    format!("node {} is being drained: {} left", node.name, count(node.replicas, "replica"))
+}
+
+/// As in "1 replica", "2 replicas".
+fn count(number: u32, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
