@@ -4,7 +4,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use berth::bench::{self, BenchArgs, BlockRange, Control};
+use berth::bench::{self, Control};
 use system_tests::harness::cluster::{Cluster, Probe};
 use system_tests::harness::tools::{run, run_to_fail};
 use system_tests::harness::{Scratch, full_tier, print_figure};
@@ -14,24 +14,6 @@ use system_tests::harness::{Scratch, full_tier, print_figure};
 const MOVE_PAUSE_MAX: Duration = Duration::from_millis(200);
 /// The holder's node is dead: from the command to the first write on another one.
 const TAKEOVER_MAX: Duration = Duration::from_secs(5);
-
-/// Verified load on the volume `v`, which follows it from node to node.
-fn load(cluster: &Cluster) -> BenchArgs {
-    let uri = |index| cluster.uri(index, "v").parse().expect("a URI");
-    BenchArgs {
-        read: 40,
-        write: 50,
-        trim: 5,
-        zeroes: 5,
-        block: BlockRange { least: 512, most: 64 << 10 },
-        duration: 24.0 * 3600.0,
-        reconnect: 60.0,
-        failover: (1..cluster.nodes.len()).map(uri).collect(),
-        verify: true,
-        destroy_data: true,
-        ..BenchArgs::new(uri(0))
-    }
-}
 
 fn median_and_longest(mut durations: Vec<Duration>) -> (Duration, Duration) {
     durations.sort_unstable();
@@ -70,7 +52,7 @@ fn a_volume_follows_its_task() {
     assert!(median <= MOVE_PAUSE_MAX, "half of the moves take longer than {median:?}");
 
     // Once more beside a load that knows each block, and is moved itself.
-    let (args, control) = (load(&cluster), Control::default());
+    let (args, control) = (cluster.verified_load("v"), Control::default());
     let report = thread::scope(|scope| {
         let load = scope.spawn(|| bench::run_with(&args, &control));
         for number in 0..moves / 2 {
@@ -138,7 +120,7 @@ fn a_volume_goes_where_no_replica_is() {
         ["n4", "n2", "n4"].into_iter().map(|node| move_under_writes(&cluster, &mut probe, node)).collect();
     let (_, longest) = median_and_longest(pauses);
 
-    let (args, control) = (load(&cluster), Control::default());
+    let (args, control) = (cluster.verified_load("v"), Control::default());
     let report = thread::scope(|scope| {
         let load = scope.spawn(|| bench::run_with(&args, &control));
         run(&mut cluster.ctl.command("volume attach v --node n4 --steal"));
@@ -188,7 +170,7 @@ fn a_dead_holder_is_taken_over_from() {
     let mut cluster = Cluster::start(&scratch, 3, 512);
     cluster.make_volume("v", 64);
     run(&mut cluster.ctl.command("volume attach v --node n1"));
-    let (args, control) = (load(&cluster), Control::default());
+    let (args, control) = (cluster.verified_load("v"), Control::default());
     let mut pauses = Vec::new();
     let report = thread::scope(|scope| {
         let load = scope.spawn(|| bench::run_with(&args, &control));

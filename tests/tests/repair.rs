@@ -11,6 +11,7 @@ use system_tests::harness::client::{Answer, Client};
 use system_tests::harness::cluster::Cluster;
 use system_tests::harness::ctl::PATIENCE;
 use system_tests::harness::rot::rot;
+use system_tests::harness::tools::run;
 use system_tests::harness::{Scratch, print_figure};
 
 const BLOCK: usize = 4096;
@@ -71,6 +72,41 @@ fn wait_for_metric(cluster: &Cluster, node: usize, name: &str, wanted: f64) {
         assert!(start.elapsed() < PATIENCE, "{name} stays {}", cluster.metric(node, name));
         thread::park_timeout(Duration::from_millis(20));
     }
+}
+
+/// A replica that was filled over the network has holes where its source has zeroes that were written.
+#[test]
+fn damaged_zeroes_are_made_good_though_the_other_replica_has_holes_there() {
+    const ZEROES: u32 = 5;
+    let scratch = Scratch::new("holes");
+    let mut cluster = Cluster::start(&scratch, 2, 512);
+    run(&mut cluster.ctl.command("volume create v --size 16M --on n1"));
+    run(&mut cluster.ctl.command("volume attach v --node n2"));
+    let socket = cluster.nodes[1].socket.clone();
+    let mut volume = Volume { socket: &socket, client: None };
+    let zeroes = vec![0; PIECE_BLOCKS as usize * BLOCK];
+    assert_eq!(volume.call(command::WRITE, 0, PIECE_BLOCKS, &zeroes).error, 0);
+    volume.write(PIECE_BLOCKS, PIECE_BLOCKS);
+    run(&mut cluster.ctl.command("volume add-replica v --node n2"));
+    cluster.wait_for_sync("v", 2);
+    run(&mut cluster.ctl.command("volume attach v --node n1 --steal"));
+    // The first start takes the log into a checkpoint, so that the second need not read what rots.
+    cluster.kill_node(0);
+    cluster.start_node(0);
+    cluster.kill_node(0);
+    assert_eq!(rot(&cluster.nodes[0].pool, "v", &[ZEROES], &[]), 1, "zeroes that were written have a place");
+    cluster.start_node(0);
+    cluster.wait_for_sync("v", 2);
+
+    let socket = cluster.nodes[0].socket.clone();
+    let mut volume = Volume { socket: &socket, client: None };
+    let answer = volume.call(command::READ, 0, PIECE_BLOCKS, &[]);
+    assert!(answer.error == 0 && answer.data.iter().all(|byte| *byte == 0));
+    volume.expect(PIECE_BLOCKS, PIECE_BLOCKS);
+    wait_for_metric(&cluster, 0, "berth_blocks_repaired_from_replicas_total", 1.0);
+    assert_eq!(cluster.metric(0, "berth_reads_from_other_replicas_total"), 1.0);
+    let said = run(&mut cluster.ctl.command("volume verify v"));
+    assert!(said.contains("alike and sound"), "{said}");
 }
 
 #[test]

@@ -31,7 +31,7 @@ use tonic::{Request, Response, Status};
 use crate::record_store::{Joining, RecordStore, StoreError, VolumeKey};
 use feed::{Cursor, Feed, FeedEnd, News};
 use passes::{Passes, Wish};
-use replicas::Absences;
+use replicas::{Absences, Asked};
 
 /// Events that wait for a watcher that does not read.
 const WATCH_QUEUE: usize = 16;
@@ -46,6 +46,7 @@ pub struct ControlService {
     watchers: Arc<tokio::sync::Semaphore>,
     passes: Arc<Passes>,
     absences: Arc<Absences>,
+    asked: Arc<Asked>,
     /// Held while nodes are chosen and given something.
     placing: Arc<tokio::sync::Mutex<()>>,
     overcommit_percent: u32,
@@ -67,6 +68,7 @@ impl ControlService {
             watchers,
             passes: Arc::default(),
             absences: Arc::default(),
+            asked: Arc::default(),
             placing: Arc::default(),
             overcommit_percent: 100,
         })

@@ -26,17 +26,18 @@ const LOOK_MIN: Duration = Duration::from_millis(100);
 /// A node is asked again to lead a volume after this time.
 const TEND_AGAIN: Duration = Duration::from_secs(10);
 
-/// When nodes that are not connected were seen last, and when nodes were last asked to lead volumes.
+/// When nodes that are not connected were seen last.
 #[derive(Debug, Default)]
-pub(super) struct Absences {
-    since: Mutex<BTreeMap<NodeId, Instant>>,
-    asked: Mutex<BTreeMap<VolumeNumber, (NodeId, Instant)>>,
-}
+pub(super) struct Absences(Mutex<BTreeMap<NodeId, Instant>>);
+
+/// When nodes were last asked to lead volumes.
+#[derive(Debug, Default)]
+pub(super) struct Asked(Mutex<BTreeMap<VolumeNumber, (NodeId, Instant)>>);
 
 impl Absences {
     /// How all these nodes are, if those of `here` are connected.
     fn look(&self, nodes: &[NodeId], here: &[NodeId], now: Instant) -> BTreeMap<NodeId, Presence> {
-        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut since = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         since.retain(|node, _| nodes.contains(node) && !here.contains(node));
         let presence = |node: &NodeId| {
             if here.contains(node) {
@@ -47,11 +48,13 @@ impl Absences {
         };
         nodes.iter().map(presence).collect()
     }
+}
 
+impl Asked {
     /// Those of the wishes that have not been told just now.
     fn due(&self, wishes: Vec<(VolumeNumber, NodeId)>) -> Vec<(VolumeNumber, NodeId)> {
         let now = Instant::now();
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut asked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let still = |volume: VolumeNumber, to: NodeId| {
             asked.get(&volume).copied().filter(|(node, at)| *node == to && now < *at + TEND_AGAIN)
         };
@@ -150,20 +153,24 @@ impl ControlService {
         let (mut closed, mut changed) = (self.feed.watch(None).1, self.feed.watch(None).1);
         let grace = grace.unwrap_or(Duration::MAX);
         let pause = (grace / 20).clamp(LOOK_MIN, LOOK_MAX);
+        let mut was_draining = false;
         loop {
             changed.borrow_and_update();
-            // What is drained goes on with every step that a head has made.
+            // A drain begins at once and goes on with every step that a head has made; so does what ends it.
             let next = async {
-                if !self.feed.is_draining() || changed.changed().await.is_err() {
-                    std::future::pending::<()>().await;
+                while changed.changed().await.is_ok() {
+                    if was_draining || self.feed.is_draining() {
+                        return tokio::time::sleep(LOOK_MIN).await;
+                    }
                 }
-                tokio::time::sleep(LOOK_MIN).await;
+                std::future::pending().await
             };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = next => {}
                 ended = super::feed::closed(&mut closed) => return ended,
             }
+            was_draining = self.feed.is_draining();
             if let Err(error) = self.heal_once(grace).await {
                 tracing::warn!(error = error.message(), "cannot see what must be healed");
             }
@@ -176,7 +183,7 @@ impl ControlService {
         let _one_at_a_time = self.placing.lock().await;
         let presence = self.absences.look(&known, &self.passes.connected(), Instant::now());
         let (records, model) = (self.feed.records(), self.model(&nodes));
-        for (volume, node) in self.absences.due(tending::wishes(&records, &model, &presence, grace)) {
+        for (volume, node) in self.asked.due(tending::wishes(&records, &model, &presence, grace)) {
             self.passes.tend(node, volume);
         }
         let steps = heal::steps(&records, model, &presence, grace);

@@ -325,9 +325,9 @@ mod tests {
         reads.refused(at(6001), B, read);
         assert_eq!(turn(&mut reads, 6001), ask(A, read));
         // Nobody is there now, and only one has said that it cannot give them.
-        for now in [9001, 12_001, 15_001] {
-            assert_eq!(reads.turn(at(now), &BOTH, |_| false, |_, _| false), None);
-            assert_eq!(reads.turn(at(now), &[], |_| false, |_, _| false), None);
+        for later in [9001, 12_001, 15_001] {
+            assert_eq!(reads.turn(at(later), &BOTH, |_| false, |_, _| false), None);
+            assert_eq!(reads.turn(at(later), &[], |_| false, |_, _| false), None);
         }
         assert_eq!(turn(&mut reads, 15_002), ask(A, read));
         reads.refused(at(15_003), A, read);

@@ -5,7 +5,7 @@
 //!    0  magic "BRTP"            4                          body: CRC32C of each payload block, 4 bytes each (DIGEST:
 //!    4  version 2               1                                of each block), for HELLO its own fields
 //!    5  kind                    1                          payload: the blocks, 4096 bytes each
-//!    6  change kind             1  (CHANGE, FETCHED, COPY; LEASE, LEASED: `room.rs`)
+//!    6  change kind             1  (CHANGE, FETCHED, COPY, CHANGED; LEASE, LEASED: `room.rs`)
 //!    7  unused                  1
 //!    8  CRC32C of header and body  4  (this field as zero)
 //!   12  body bytes              4

@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use berth::bench::{BenchArgs, BlockRange};
 use datapath::wire::nbd_transmission::command;
 
 use super::Scratch;
@@ -243,6 +244,28 @@ impl Cluster {
         let on = on.join(",");
         let words = format!("volume create {name} --size {size_mib}M --on {on} {more}");
         run(&mut self.ctl.command(words.trim_end()));
+    }
+
+    /// Verified load on a volume, through the first node until another one serves it.
+    ///
+    /// # Panics
+    /// If it has no such nodes.
+    #[must_use]
+    pub fn verified_load(&self, volume: &str) -> BenchArgs {
+        let uri = |index| self.uri(index, volume).parse().expect("a URI");
+        BenchArgs {
+            read: 40,
+            write: 50,
+            trim: 5,
+            zeroes: 5,
+            block: BlockRange { least: 512, most: 64 << 10 },
+            duration: 24.0 * 3600.0,
+            reconnect: 60.0,
+            failover: (1..self.nodes.len()).map(uri).collect(),
+            verify: true,
+            destroy_data: true,
+            ..BenchArgs::new(uri(0))
+        }
     }
 
     /// The URI of a volume on a node.

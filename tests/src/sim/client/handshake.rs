@@ -99,12 +99,9 @@ impl Client {
                 self.finish_step();
             }
             (_, REPLY_ACK) => self.handle_ack(step),
-            // The node has to do with the volume no more, or not yet.
-            (Step::Info | Step::Go | Step::Context, ERROR_UNKNOWN_EXPORT) | (Step::Go, ERROR_POLICY)
-                if self.plan.elsewhere =>
-            {
-                self.turned_away = true;
-                self.phase = Phase::Gone;
+            (Step::Go, ERROR_POLICY) if self.plan.elsewhere => self.turn_away(),
+            (Step::Info | Step::Go | Step::Context, ERROR_UNKNOWN_EXPORT) if self.plan.may_be_unknown => {
+                self.turn_away();
             }
             // These are optional features; nothing else may be refused.
             (Step::Structured | Step::Extended | Step::Context | Step::List, ERROR_UNSUPPORTED) => {
@@ -113,6 +110,11 @@ impl Client {
             _ => panic!("{step:?} was answered with {kind:#x}: {}", String::from_utf8_lossy(data)),
         }
         Some(20 + length)
+    }
+
+    fn turn_away(&mut self) {
+        self.turned_away = true;
+        self.phase = Phase::Gone;
     }
 
     /// The answer to EXPORT_NAME has no header.

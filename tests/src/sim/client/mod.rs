@@ -69,6 +69,8 @@ pub struct ClientPlan {
     pub eager: bool,
     /// Another node may be where the volume is to be had.
     pub elsewhere: bool,
+    /// The server need not know the volume.
+    pub may_be_unknown: bool,
 }
 
 impl ClientPlan {
@@ -86,6 +88,7 @@ impl ClientPlan {
             depth: to_usize(random.skewed(1..=48)),
             eager: random.percent(30),
             elsewhere: false,
+            may_be_unknown: false,
         }
     }
 }

@@ -196,6 +196,7 @@ impl World {
             plan.depth = VERIFY_DEPTH;
         }
         plan.elsewhere = true;
+        plan.may_be_unknown = state.strangers.contains(&node);
         let connection = self.nodes[node].at(self.now_ns).expect("open to clients").connect();
         self.clients_made += 1;
         let labels = [self.clients_made, node as u64, connection.0.into()];
@@ -322,12 +323,7 @@ impl World {
         let record = self.records.get(volume);
         let leader = record.head.map(|head| index(head.node));
         let any = index(*self.random.pick(&record.in_sync));
-        let is_stuck = self.stage != Stage::Working && record.attached.is_some() && self.random.percent(20);
         self.volumes[volume].home = leader.filter(|_| self.random.percent(50)).unwrap_or(any);
-        if is_stuck {
-            // The node to which it is attached may have lost its replica. Whoever attached it there looks for another one.
-            self.attach(volume, None);
-        }
         let pause = self.random.skewed(MILLISECOND_NS..=SECOND_NS);
         self.plan_think(session, pause);
     }

@@ -23,7 +23,7 @@ mod records;
 mod traffic;
 mod verify;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use datapath::engine::ports::ConnectionId;
 use datapath::limits::PIECE_BYTES_MAX;
@@ -324,6 +324,8 @@ struct Volume {
     size_bytes: u64,
     oracle: Oracle,
     doubts: Doubts,
+    /// Nodes whose records did not name them at some time: they may not know the volume yet, or any more.
+    strangers: BTreeSet<usize>,
     /// Where clients go by themselves.
     home: usize,
     /// Until then nobody changes it.
@@ -420,7 +422,8 @@ impl World {
             let size_bytes = size_blocks * BLOCK_BYTES_U64;
             let oracle = Oracle::new(crate::to_u32(volume), size_bytes, promises);
             let (doubts, home) = (Doubts::default(), index(replicas[0]));
-            volumes.push(Volume { name, size_bytes, oracle, doubts, home, rests_until_ns: 0 });
+            let strangers = (0..nodes.len()).filter(|node| !record.has_replica(id(*node))).collect();
+            volumes.push(Volume { name, size_bytes, oracle, doubts, strangers, home, rests_until_ns: 0 });
             records.push(record);
         }
         World {

@@ -253,6 +253,9 @@ impl World {
     /// A version of a record is told to those who have to do with it, and to those who had until now.
     pub(super) fn tell_change(&mut self, before: &Record, record: &Record) {
         let mut concerned = concerned_by(before);
+        let named = |node: usize| record.has_replica(id(node)) || record.attached == Some(id(node));
+        let strangers = (0..self.nodes.len()).filter(|node| !named(*node));
+        self.volumes[position(record.volume)].strangers.extend(strangers);
         concerned.extend(concerned_by(record));
         concerned.into_iter().for_each(|node| self.send_news(node, record.clone()));
     }

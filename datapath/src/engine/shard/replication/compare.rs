@@ -18,7 +18,7 @@ use crate::record::{NodeId, Stamp};
 use crate::replica::bugs::PlantedBug;
 use crate::store::lane::{Changed, Extent};
 use crate::store::map::LEAF_BLOCKS;
-use crate::units::Moment;
+use crate::units::{MemoryRange, Moment};
 use crate::wire::peer_message::PeerMessage;
 
 /// Pages for reading the log.
@@ -126,8 +126,13 @@ impl<M: Memory> Shard<M> {
         ready.retain(|node| head.is_following(*node));
         // The one after the one that was asked in vain.
         let next = ready.iter().copied().find(|node| asked.is_none_or(|asked| *node > asked));
-        let Some(member) = next.or_else(|| ready.first().copied()) else { return };
+        let member = next.or_else(|| ready.first().copied());
         let source = self.source_of(index, wish.fill).expect("what is in common was compared");
+        let Some(member) = member else {
+            // When one follows again there will be a turn: until then there is nothing to wait for.
+            source.search = Search::NotBegun;
+            return;
+        };
         source.lacking_if_holes.get_or_insert_default();
         source.search = Search::Asked(member, now);
         let CopyWish { epoch, fill, base, .. } = *wish;
@@ -160,15 +165,29 @@ impl<M: Memory> Shard<M> {
 
     /// Begins the search for what was changed here after what is in common. Without memory it is asked for again.
     fn search_own_log(&mut self, index: usize, fill: u64, base: Stamp) {
-        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return };
-        let source = self.source_of(index, fill).expect("it was asked for");
-        // What a member may have told of its map is not all.
-        (source.search, source.lacking_if_holes) = (Search::UnderWay, None);
-        let cookie = self.begin_work(Work::FindChanged { replica: index, fill, memory });
+        let work = |memory| Work::FindChanged { replica: index, fill, memory };
+        if self.walk_log(index, base, Extent::All, work) {
+            let source = self.source_of(index, fill).expect("it was asked for");
+            // What a member may have told of its map is not all.
+            (source.search, source.lacking_if_holes) = (Search::UnderWay, None);
+        }
+    }
+
+    /// Has the lane here look through its log for what was changed after `base`. False if there is no memory for it.
+    fn walk_log(
+        &mut self,
+        index: usize,
+        base: Stamp,
+        extent: Extent,
+        work: impl FnOnce(MemoryRange) -> Work,
+    ) -> bool {
+        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return false };
+        let cookie = self.begin_work(work(memory));
         let served = &self.served[self.replication.replicas[index].served];
         let (lane, volume, after) = (served.lane, served.volume, base.sequence);
-        self.with_lane(lane, |lane, _| lane.find_changed(cookie, volume, after, Extent::All, memory));
+        self.with_lane(lane, |lane, _| lane.find_changed(cookie, volume, after, extent, memory));
         self.progress = true;
+        true
     }
 
     /// A lane has looked through its log.
@@ -248,14 +267,13 @@ impl<M: Memory> Shard<M> {
 
     /// A head asks what the replica here has beyond what is in common.
     pub(super) fn compare_here(&mut self, index: usize, asker: Leader, epoch: u32, fill: u64, base: Stamp) {
-        // Without memory the question is dropped; the head gives up and begins anew.
-        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return };
         let comparing = Comparing { asker, epoch, fill, base };
-        let cookie = self.begin_work(Work::Compare { replica: index, comparing, memory });
-        let served = &self.served[self.replication.replicas[index].served];
-        let (lane, volume, after) = (served.lane, served.volume, base.sequence);
-        self.with_lane(lane, |lane, _| lane.find_changed(cookie, volume, after, Extent::Kept, memory));
-        self.progress = true;
+        // Without memory the question is dropped; the head gives up and begins anew.
+        self.walk_log(index, base, Extent::Kept, |memory| Work::Compare {
+            replica: index,
+            comparing,
+            memory,
+        });
     }
 
     fn answer_comparison(&mut self, index: usize, comparing: Comparing, blocks: Option<BlockSet>) {
@@ -282,14 +300,10 @@ impl<M: Memory> Shard<M> {
         fill: u64,
         base: Stamp,
     ) {
-        // Without memory the question is dropped, and asked again.
-        let Some(memory) = self.allocate_for_peer(WALK_PAGES) else { return };
         let comparing = Comparing { asker, epoch, fill, base };
-        let cookie = self.begin_work(Work::ListChanged { replica: index, comparing, memory });
-        let served = &self.served[self.replication.replicas[index].served];
-        let (lane, volume, after) = (served.lane, served.volume, base.sequence);
-        self.with_lane(lane, |lane, _| lane.find_changed(cookie, volume, after, Extent::All, memory));
-        self.progress = true;
+        let work = |memory| Work::ListChanged { replica: index, comparing, memory };
+        // Without memory the question is dropped, and asked again.
+        self.walk_log(index, base, Extent::All, work);
     }
 
     fn tell_changed(&mut self, index: usize, comparing: Comparing, blocks: Option<&BlockSet>) {
@@ -318,7 +332,9 @@ impl<M: Memory> Shard<M> {
 impl super::Replication {
     /// When a member that looks through its log has had time enough for it.
     pub(super) fn poll_search_timeout(&self) -> Option<Moment> {
-        let searches = self.replicas.iter().filter_map(|replica| Some(replica.source.as_ref()?.search));
+        // Of a fill that has ended nobody wants to know any more.
+        let wanted = self.replicas.iter().filter(|replica| replica.waiting_copy.is_some());
+        let searches = wanted.filter_map(|replica| Some(replica.source.as_ref()?.search));
         let asked = searches.filter_map(|search| match search {
             Search::Asked(_, since) => Some(since.after_ns(SEARCH_PATIENCE_NS)),
             _ => None,

@@ -87,15 +87,7 @@ impl<M: Memory> Shard<M> {
         memory: Option<MemoryRange>,
     ) {
         let (now, node) = (self.now, self.replication.node());
-        let replica = &mut self.replication.replicas[index];
         let theirs = if asker == Leader::ThisNode { None } else { memory };
-        let Some(member) = &mut replica.member else { return self.drop_payload_of_peer(theirs) };
-        if let PeerMessage::Promise { epoch } = message
-            && member.holds_no_order()
-            && !may_be_filled(replica.head.record(), node, epoch)
-        {
-            return;
-        }
         if let (PeerMessage::Change { change, .. }, Leader::Link(id, _)) = (message, asker)
             && self.lies_beyond(index, change.blocks())
         {
@@ -104,7 +96,13 @@ impl<M: Memory> Shard<M> {
             return self.close_link(id);
         }
         let replica = &mut self.replication.replicas[index];
-        let Some(member) = &mut replica.member else { unreachable!("looked at above") };
+        let Some(member) = &mut replica.member else { return self.drop_payload_of_peer(theirs) };
+        if let PeerMessage::Promise { epoch } = message
+            && member.holds_no_order()
+            && !may_be_filled(replica.head.record(), node, epoch)
+        {
+            return;
+        }
         let before = member.epoch();
         if asker != replica.leader && epoch_of_order(message) == Some(before) {
             // It went on its way before the head called again, and what it asks for has been asked for since.

@@ -153,7 +153,7 @@ enum Work {
     FindChanged { replica: usize, fill: u64, memory: MemoryRange },
     Compare { replica: usize, comparing: Comparing, memory: MemoryRange },
     ReadForHead { replica: usize, read: PeerPiece, memory: MemoryRange, leader: Leader },
-    Repair { replica: usize, blocks: u32, lent: MemoryRange, pages: u32 },
+    Repair { replica: usize, blocks: u32, lent: Option<MemoryRange>, pages: u32 },
     Leaf { replica: usize, piece: u32 },
     LookForNew { replica: usize, piece: u32, count: u32, memory: Option<MemoryRange> },
     ListChanged { replica: usize, comparing: Comparing, memory: MemoryRange },
@@ -574,7 +574,7 @@ impl<M: Memory> Shard<M> {
             }
             Work::Repair { blocks, lent, pages, .. } => {
                 self.replication.peer_pages -= pages;
-                self.unuse(lent);
+                lent.into_iter().for_each(|memory| self.unuse(memory));
                 self.replication.repairs.blocks_repaired +=
                     if completion.result.is_ok() { u64::from(blocks) } else { 0 };
             }

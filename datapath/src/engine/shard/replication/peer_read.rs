@@ -136,8 +136,11 @@ impl<M: Memory> Shard<M> {
         let is_own_log = replica.leader == Leader::ThisNode && replica.member.is_some();
         self.replication.repairs.reads_from_peers += 1;
         let Some(memory) = memory else {
-            // Nothing is damaged where there is nothing: the own replica had none of it, or lags behind a trim.
             self.memory.bytes_mut(blocks.memory).fill(0);
+            // Where the own replica has zeroes as data, one that was filled may have holes.
+            if may_repair && is_own_log {
+                self.repair(index, blocks, None);
+            }
             let holes = HoleMap::all(count);
             self.end_damaged_read(index, read, |completion| Completion {
                 result: Ok(()),
@@ -160,7 +163,7 @@ impl<M: Memory> Shard<M> {
         self.memory.copy(memory.part(BLOCK_BYTES, count * BLOCK_BYTES), blocks.memory);
         // First the own log: whoever reads may be a write that changes a part of the block, and comes behind.
         if may_repair && is_own_log {
-            self.repair(index, blocks, memory);
+            self.repair(index, blocks, Some(memory));
         } else {
             self.give_back_for_peer(memory);
         }
@@ -198,24 +201,25 @@ impl<M: Memory> Shard<M> {
         }
     }
 
-    /// Appends the damaged blocks to the own log. They are what the volume holds there after every change that the log has
+    /// Appends the damaged blocks to the own log, as zeroes if nothing came with them. They are what the volume holds there after every change that the log has
     /// or is given, up to the next change of these blocks, which will come behind them.
-    fn repair(&mut self, index: usize, blocks: BlocksRead, memory: MemoryRange) {
+    fn repair(&mut self, index: usize, blocks: BlocksRead, memory: Option<MemoryRange>) {
         let BlockRange { volume, block, .. } = blocks.range;
         let lane = self.served[self.replication.replicas[index].served].lane;
         let runs = blocks.damaged.runs();
         if runs.is_empty() {
-            return self.give_back_for_peer(memory);
+            return self.drop_payload_of_peer(memory);
         }
         for (position, (first, count)) in runs.iter().copied().enumerate() {
             let last = position + 1 == runs.len();
-            let pages = if last { memory.len / BLOCK_BYTES } else { 0 };
+            let pages = memory.filter(|_| last).map_or(0, |memory| memory.len / BLOCK_BYTES);
             // The page in front of a run is the payload's first, or a block that is good here.
-            let payload = Payload::Lent(memory.part(first * BLOCK_BYTES, (1 + count) * BLOCK_BYTES));
-            self.use_memory(memory);
+            let payload = memory
+                .map(|memory| Payload::Lent(memory.part(first * BLOCK_BYTES, (1 + count) * BLOCK_BYTES)));
+            memory.into_iter().for_each(|memory| self.use_memory(memory));
             let cookie = self.begin_work(Work::Repair { replica: index, blocks: count, lent: memory, pages });
             let range = BlockRange { volume, block: block + first, count };
-            self.with_lane(lane, |lane, context| lane.append_copy(context, cookie, range, Some(payload)));
+            self.with_lane(lane, |lane, context| lane.append_copy(context, cookie, range, payload));
         }
     }
 
